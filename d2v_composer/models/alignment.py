@@ -1,7 +1,7 @@
-"""The alignment: one matrix from a student's raw embeddings to its teacher's embedding, or to another model's.
+"""The alignment: a linear map from a student's raw embeddings to its teacher's embedding, or to another model's.
 
-It is fitted in closed form, without labels, or trained.
-Shapes: B samples of a batch, N pairs, I channels of the input (of all poolings), P of the target, S strengths.
+An alignment is fitted in closed form, without labels, or trained.
+Shapes: B samples of a batch, N pairs, I channels of concatenated raw embeddings, P of the target, S ridge strengths.
 """
 
 import hashlib
@@ -31,21 +31,21 @@ MADE_BY: dict[MadeBy, str] = {
 
 
 class EmbeddingInfo(NamedTuple):
-    """Description of a model's embedding: whose it is, what made it, its width."""
+    """Description of a model's embedding: its name, what made it, its width, and the space that it is in."""
 
     of: str
-    """The teacher's embedding that this is or estimates: ``output_cls``, ``output_mean``, ``joint``, …; or the file of
-    an index that another model made."""
+    """Name of the embedding that this is, or of the teacher's that it estimates: ``output_cls``, ``joint``, …"""
     made_by: MadeBy
     width: int
-    """Channels, P."""
+    """Number of channels, P."""
     fingerprint: str
-    """Hash of the alignment; '' without one."""
+    """Hash of the alignment; '' without an alignment."""
     space: str = ""
-    """Identifier of the space: the model and the embedding of it that this is or estimates; '' if unknown."""
+    """Identifier of the space: the hash of a model, and the name of the embedding of that model which this embedding is
+    or estimates; '' if unknown."""
 
     def is_in_space_of(self, other: "EmbeddingInfo") -> bool:
-        """Return whether a cosine between the two embeddings means something."""
+        """Return True if both embeddings are in one known space, so that cosines between them are meaningful."""
         return self.space == other.space != ""
 
     def in_words(self, name: str) -> str:
@@ -59,12 +59,12 @@ class EmbeddingInfo(NamedTuple):
 
 
 class Alignment(Freezable):
-    """A linear map from several raw embeddings of a model, concatenated, to its embedding, in float32.
+    """A float32 linear map from a model's concatenated raw embeddings to the model's embedding.
 
-    A fitted map is frozen; a trained one has gradients.
+    It is frozen, unless ``made_by`` is ``training``.
 
     Args:
-        inputs: Names of the embeddings to concatenate.
+        inputs: Names of the raw embeddings to concatenate.
         weight: Matrix of the alignment, (P, I).
         bias: Bias of the alignment, (P,).
         of, made_by, space: See :class:`EmbeddingInfo`.
@@ -85,13 +85,13 @@ class Alignment(Freezable):
         return EmbeddingInfo(self.of, self.made_by, len(self.bias), hash_tensors(self.state_dict()), self.space)
 
     def forward(self, embeddings: Mapping[str, Tensor]) -> Tensor:
-        """Map a model's raw embeddings, by name, (B, P) float32."""
+        """Return the model's embedding, (B, P) float32, given the raw embeddings by name."""
         with torch.autocast(self.weight.device.type, enabled=False):
             return linear(side_by_side(embeddings, self.inputs), self.weight, self.bias)
 
 
 def hash_tensors(tensors: Mapping[str, Tensor], *about: object) -> str:
-    """Return a hash of tensors, in whatever file or precision they are stored, and of values by their ``repr``."""
+    """Return a SHA-256 hash of tensors' names, shapes and values as float32, and of the ``repr`` of ``about``."""
     digest = hashlib.sha256(repr(about).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
@@ -112,8 +112,8 @@ class Fit(NamedTuple):
     bias: Tensor
     """(P,) float32."""
     statistics: dict[str, float]
-    """``pairs``: number of pairs; ``ridge``: penalty on the squared weights; ``r2``: share of the held-out targets'
-    variance that is explained by a map fitted to the other pairs."""
+    """``pairs``: number of pairs; ``ridge``: factor of the squared weights in the penalty; ``r2``: share of the
+    held-out targets' variance that a map fitted to the other pairs explains."""
 
 
 class Moments:
@@ -153,7 +153,7 @@ class Moments:
         """
         fitted, held_out = (sums.cpu() for sums in self.sums)
         if self.count < MIN_PAIRS or not (fitted + held_out).isfinite().all():
-            raise ValueError(f"expected at least {MIN_PAIRS} pairs of finite embeddings, got {self.count} pairs")
+            raise ValueError(f"expected at least {MIN_PAIRS} pairs, all of finite embeddings; got {self.count} pairs")
         inputs, targets = self.inputs, self.targets
         means, values_I, basis_II, products_IP = self._decomposed(fitted)
         scatter = scatter_about(held_out, means)
@@ -174,7 +174,8 @@ class Moments:
         return Fit(weight_IP.T.float().contiguous(), bias_P.float(), statistics)
 
     def _decomposed(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return all channels' means; eigenvalues and eigenvectors of the centered XᵀX; XᵀY in their basis, (I, P)."""
+        """Return the means, (I + P,); the eigenvalues, (I,), and eigenvectors, (I, I), of the centered XᵀX; and the
+        centered XᵀY in the basis of these eigenvectors, (I, P)."""
         means = sums[0, 1:] / sums[0, 0]
         scatter = scatter_about(sums, means)
         values_I, basis_II = torch.linalg.eigh(scatter[self.inputs, self.inputs])

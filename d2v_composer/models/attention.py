@@ -2,7 +2,7 @@
 
 :class:`Block` is fairseq's ``AltBlock`` with ``layer_norm_first=False``. Parameter names are fairseq's, so that weights
 load from a plain dict. ALiBi: Press et al. 2022, arXiv:2108.12409.
-Shapes: B images, E extra tokens, T tokens, D channels, H heads, K = D/H channels per head.
+Shapes: B inputs, E extra tokens, N patches or frames, T = E + N tokens, D channels, H heads, K = D/H channels per head.
 """
 
 import math
@@ -21,8 +21,8 @@ SHORT_SEQUENCE = 100
 def alibi_slopes(num_heads: int) -> Tensor:
     """Return the slope of each head, (H,).
 
-    For a power of two, the slopes are a geometric series from 2^(-8/H); otherwise, the series of the next lower power
-    of two P, followed by every second slope of 2P.
+    If H is a power of two, the slopes are the geometric series with first term and ratio 2^(-8/H). Otherwise, they are
+    the series of the next lower power of two, P, then every second slope of the series of 2P, until there are H.
     """
 
     def geometric(count: int) -> list[float]:
@@ -48,7 +48,7 @@ class Alibi(nn.Module):
     Args:
         num_columns: Columns of the grid of patches; 1 for a sequence, whose distances are |i - j|.
         num_heads: Number of heads, H. Heads from ``num_alibi_heads`` on have no bias.
-        num_alibi_heads: Number of heads with a bias, which have the slopes of a model with so many heads.
+        num_alibi_heads: Number of heads with a bias, which have the slopes of a model with that many heads.
         num_extra_tokens: Number of tokens before the patches, E.
     """
 
@@ -62,11 +62,11 @@ class Alibi(nn.Module):
         self.kept: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def forward(self, x_BTD: Tensor, scale: Tensor | None = None) -> Tensor:
-        """Return the bias, (1, H, T, T), for blocks that compute on ``x_BTD``.
+        """Return the bias, (1, H, T, T), in the dtype in which blocks compute attention on ``x_BTD``.
 
         Args:
             x_BTD: The blocks' input.
-            scale: One layer's learned factors, (1, H or fewer, 1, 1), clamped at 0; ``None`` for 1.
+            scale: One layer's learned factors, (1, H or fewer, 1, 1), which are clamped at 0; ``None``: factors of 1.
         """
         dtype, num_tokens = autocast_dtype(x_BTD), x_BTD.shape[1]
         if scale is None:
@@ -92,7 +92,7 @@ class Alibi(nn.Module):
         return kept if kept.shape[-1] == num_tokens else kept[..., :num_tokens, :num_tokens]
 
     def slopes(self) -> Tensor:
-        """Return the slope of each head, (H,); 0 without a bias."""
+        """Return the slope of each head, (H,), which is 0 for heads without a bias."""
         return pad(alibi_slopes(self.num_alibi_heads), (0, self.num_heads - self.num_alibi_heads))
 
     def build(self, num_tokens: int, slopes_H: Tensor | None = None) -> Tensor:
@@ -126,12 +126,12 @@ def attention_bias(
 
 
 def aligned(bias: Tensor) -> Tensor:
-    """Return a bias with rows aligned for the attention kernels; a bias that is traced for any length, unchanged."""
+    """Return a bias with rows aligned in memory for the attention kernels; unchanged if it is traced for any length."""
     return bias if isinstance(bias.shape[-1], torch.SymInt) else pad_rows(bias)[..., : bias.shape[-1]]
 
 
 def pad_rows(bias: Tensor) -> Tensor:
-    """Pad the rows with zeros to a multiple of the kernels' alignment."""
+    """Pad the rows of a bias with zeros to a length that is a multiple of ``ROW_ALIGNMENT``."""
     return pad(bias, (0, -bias.shape[-1] % ROW_ALIGNMENT))
 
 
@@ -152,9 +152,9 @@ class FfnBlock(nn.Module, ABC):
 
         Args:
             x_BTD: The block's input.
-            context: An attention bias, (1 or B, H, T, T) in the projections' dtype, or what the kind of block needs
-                instead.
-            needs_output: If false, the output is ``None``. The last block's is often not needed.
+            context: An attention bias that broadcasts to (B, H, T, T), in the dtype of the attention; or what this
+                kind of block takes instead, such as rotary positions.
+            needs_output: If false, the block's output is ``None``. The last block's output is often not needed.
         """
 
 
@@ -175,7 +175,7 @@ class Attention(nn.Module):
 
 
 def attend(query_BHTK: Tensor, key_BHTK: Tensor, value_BHTK: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute scaled_dot_product_attention, (B, H, T, K), with the fastest kernel of torch 2.7."""
+    """Compute scaled_dot_product_attention, (B, H, T, K), by two matrix products where these are faster on a CPU."""
     is_cpu_bf16 = query_BHTK.dtype == torch.bfloat16 and query_BHTK.device.type == "cpu"
     # Asked last, because a program exported in float32 takes sequences of any length.
     if is_cpu_bf16 and (query_BHTK.requires_grad or query_BHTK.shape[-2] <= SHORT_SEQUENCE):
@@ -200,10 +200,10 @@ class Mlp(nn.Module):
 
 
 class Block(FfnBlock):
-    """``a = norm1(x + attention(x)); t = mlp(a); x' = norm2(a + t)``; ``t`` is the FFN output, ``x'`` has x's dtype.
+    """``a = norm1(x + attention(x)); t = mlp(a); x' = norm2(a + t)``, where ``t`` is the FFN output.
 
-    With ``has_input_norm``, ``x`` is the input after its own LayerNorm: a pre-norm residual stream has no bounded
-    scale.
+    With ``has_input_norm``, ``x`` is the block's input after a further LayerNorm, for the residual stream of a pre-norm
+    model, whose scale is not bounded.
     """
 
     def __init__(
@@ -228,7 +228,7 @@ class Block(FfnBlock):
 
 
 def init_linear_layers(module: nn.Module) -> nn.Module:
-    """Set every linear layer's weights to N(0, 0.02) and its biases to 0; return the module."""
+    """Draw the weights of all linear layers from N(0, 0.02²), and set their biases to 0; return the module."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.normal_(layer.weight, std=0.02)

@@ -25,7 +25,7 @@ FRAME, HOP, NUM_POINTS, LOWEST_HERTZ, LOG_FLOOR = 400, 160, 512, 20.0, torch.fin
 
 
 class Waveforms(Encoder):
-    """The part that all audio encoders share: checks, padding and baseline of waveforms.
+    """The part that all audio encoders share: checks, examples and baseline of waveforms.
 
     Attributes:
         min_samples: Smallest number of samples in a waveform.
@@ -45,7 +45,7 @@ class Waveforms(Encoder):
         return values.float()
 
     def example(self, count: int) -> Tensor:
-        """Return a second of silence for each clip."""
+        """Return ``count`` clips of one second of silence, (count, L)."""
         return torch.zeros(count, SAMPLE_RATE)
 
     def noise(self, count: int) -> Tensor:
@@ -162,7 +162,7 @@ def padding_mask_of(lengths: Tensor, size: int) -> Tensor:
 
 
 class LogMel(nn.Module):
-    """Compute Kaldi's log-mel spectrograms, a frame each 10 ms; only whole frames, without noise or energy."""
+    """Compute log-mel spectrograms as Kaldi does without dither and energy: a frame every 10 ms, only whole frames."""
 
     window: Tensor
     filters: Tensor
@@ -194,7 +194,7 @@ class LogMel(nn.Module):
 
 
 def mel_filters() -> Tensor:
-    """Return Kaldi's triangles, equally spaced in mel, (NUM_POINTS / 2 + 1, M); in float32, like Kaldi's."""
+    """Return Kaldi's triangular filters, equally spaced on the mel scale, (NUM_POINTS / 2 + 1, M) float32."""
 
     mels_P1 = 1127 * (1 + torch.arange(NUM_POINTS // 2 + 1)[:, None] * (SAMPLE_RATE / NUM_POINTS) / 700).log()
     lowest, highest = (1127 * math.log(1 + hertz / 700) for hertz in (LOWEST_HERTZ, SAMPLE_RATE / 2))
@@ -206,9 +206,9 @@ def mel_filters() -> Tensor:
 class EatEncoder(Waveforms, Data2Vec2Encoder):
     """EAT's encoder: log-mel spectrogram, patch embedding, fixed positions, CLS, LayerNorm, ``prenet_depth`` blocks.
 
-    Inputs are waveforms, (B, L) float in [-1, 1], 16 kHz mono. A spectrogram has ``target_length`` frames. A shorter
-    clip is filled up, as in pre-training, and no token is padding. A longer clip is cut off, unless :meth:`windows`
-    divides it before.
+    Inputs are waveforms, (B, L) float in [-1, 1], 16 kHz mono. A spectrogram has ``target_length`` frames. That of a
+    shorter clip is filled up with zeros, as in pre-training, and no token counts as padding. A longer clip is cut off,
+    unless :meth:`windows` has divided it.
     """
 
     config: EatEncoderConfig

@@ -1,17 +1,18 @@
-"""Configs of encoders, teachers and students, checked wherever they come from. Neither torch nor timm is imported: they
-load slowly.
+"""Configs of encoders, teachers and students, whose values are checked.
+
+This module imports neither torch nor timm, because both load slowly.
 
 An encoder's config has these attributes:
 
-- ``modality``: the name of its inputs in a batch;
+- ``modality``: ``image`` or ``audio``, which is also the key of the inputs in a batch;
 - ``num_extra_tokens``: number of tokens before the patches or frames, CLS and registers;
 - ``has_cls_token``: true if the first extra token is CLS;
-- ``num_columns``: columns of the grid of patches; 1 for a sequence;
-- ``norm_eps``: eps of LayerNorms, a student's, too;
-- ``is_normalized``: true if the tokens have passed a LayerNorm; a pre-norm residual stream has no bounded scale;
-- ``preprocessing``: names of the fields that tell how inputs are prepared;
-- ``timm_preprocessing``: the same as fields of timm's data config;
-- ``recipe``: the YAML to train with.
+- ``num_columns``: number of columns in the grid of patches; 1 for a sequence;
+- ``norm_eps``: eps of the LayerNorms, a student's included;
+- ``is_normalized``: true if the tokens have passed a LayerNorm; otherwise, a student's first block begins with one;
+- ``preprocessing``: names of the fields that determine how inputs are prepared;
+- ``timm_preprocessing``: the preprocessing as fields of timm's data config; empty for audio;
+- ``recipe``: name of the YAML to train with, without its suffix.
 """
 
 import math
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Shape = Annotated[tuple[int, int], Field(strict=False)]
-"""(height, width) in pixels, or rows and columns."""
+"""(height, width) in pixels, or (rows, columns) of a grid of patches."""
 ImageSize = int | Shape
 """Pixels per side of a square, or (height, width)."""
 
@@ -44,9 +45,9 @@ MAX_CONVOLUTIONS = 32
 CONVOLUTIONS = re.compile(r"\[((?:\(\d{1,9},\d{1,9},\d{1,9}\)(?:,|(?=\])))+)\](?:\*(\d{1,9}))?")
 
 SAMPLE_RATE = 16_000
-"""Samples of a waveform in a second."""
+"""Samples per second of a waveform."""
 NUM_MELS, EAT_PATCH = 128, 16
-"""Channels of a log-mel spectrogram, and frames and channels of EAT's patches."""
+"""Number of channels of a log-mel spectrogram; and side of EAT's patches, in frames and in channels."""
 
 Depth = Annotated[int, Field(ge=1, le=MAX_DEPTH)]
 Width = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
@@ -57,21 +58,21 @@ Tuple = Annotated[tuple[T, ...], Field(strict=False)]  # JSON has lists
 
 
 def check_whole(name: str, value: object, minimum: int, maximum: int) -> None:
-    """Raise ValueError, with the name of the size, unless the value is a whole number in the range."""
+    """Raise ValueError, with the name of the size, unless the value is an int from ``minimum`` to ``maximum``."""
     if type(value) is not int or not minimum <= value <= maximum:
         raise ValueError(f"{name} must be a whole number from {minimum} to {maximum}, got {short(value)}")
 
 
 def height_and_width(image_size: ImageSize) -> tuple[int, int]:
-    """Return (height, width) in pixels."""
+    """Return an image size as (height, width) in pixels."""
     return (image_size, image_size) if isinstance(image_size, int) else image_size
 
 
 def parse_image_size(image_size: Any) -> ImageSize:
-    """Return an image size from any source: pixels per side, or (height, width) if they differ.
+    """Return an image size, given as a number, a tuple or text: pixels per side, or (height, width) if they differ.
 
     Raises:
-        ValueError: The size is neither a number of pixels, nor two, nor text such as '112x168'.
+        ValueError: The size is neither one or two numbers of pixels up to ``MAX_WIDTH`` nor text such as '112x168'.
     """
     shape = image_size if isinstance(image_size, tuple) else (image_size,)
     if isinstance(image_size, str) and re.fullmatch(r"\d{1,9}(x\d{1,9})?", image_size):
@@ -90,7 +91,8 @@ class Config(BaseModel):
     """Base of all configs of models: sizes and options, checked once and frozen.
 
     Raises:
-        ValueError: One line: a field is unknown, missing, of another type or out of range, or contradicts another.
+        ValueError: A field is unknown, missing, of a wrong type or out of range, or contradicts another field. The
+            message is one line.
     """
 
     model_config = STRICT
@@ -106,7 +108,7 @@ class Config(BaseModel):
         """Raise ValueError if values that are within their own limits contradict each other."""
 
     def changed(self, **values: object) -> Self:
-        """Return a copy with these values changed."""
+        """Return a copy in which these fields have these values; the copy is checked again."""
         return type(self)(**(self.model_dump() | values))
 
 
@@ -130,21 +132,22 @@ class Data2Vec2EncoderConfig(Config):
     prenet_depth: int = Field(default=4, ge=0, le=MAX_DEPTH)
     num_extra_tokens: int = Field(default=0, ge=0, le=MAX_PATCHES)
     num_alibi_heads: NonNegativeInt = 0
-    """Number of heads with ALiBi; 0: no ALiBi (``use_alibi_encoder: false``)."""
+    """Number of heads with ALiBi; 0: no ALiBi (fairseq's ``use_alibi_encoder: false``)."""
     alibi_scale_shape: Tuple[int] | None = None
-    """Shape of the ALiBi scale, (L or 1, 1, H or 1, 1, 1), if the checkpoint has one."""
+    """Shape of ALiBi's learned factors for L blocks and H heads, (L or 1, 1, H or 1, 1, 1); ``None``: the checkpoint
+    has no factors."""
     is_normalized: ClassVar = True
 
     @property
     def has_cls_token(self) -> bool:
-        """True if there are extra tokens. The first is CLS."""
+        """True if there are extra tokens, of which the first is CLS."""
         return self.num_extra_tokens > 0
 
     def check(self) -> None:
         super().check()
         check_whole("num_alibi_heads", self.num_alibi_heads, 0, self.num_heads)
         if self.embed_dim % self.num_heads:
-            raise ValueError(f"num_heads must divide embed_dim, got {self.num_heads} heads for {self.embed_dim}")
+            raise ValueError(f"num_heads must divide embed_dim {self.embed_dim}, got {self.num_heads}")
         shape, heads = self.alibi_scale_shape, self.num_alibi_heads
         if shape is not None and (not heads or shape[1:] not in [(1, count, 1, 1) for count in (1, heads)]):
             raise ValueError(
@@ -158,7 +161,7 @@ class ImageConfig(Config):
 
     in_chans: Width = 3
     image_mean: Tuple[Annotated[float, Field(ge=0, le=1)]] = (0.485, 0.456, 0.406)
-    """Mean of each channel, for pixels from 0 to 1; this default and the next are ImageNet's."""
+    """Mean of each channel, for pixels from 0 to 1. The defaults of mean and standard deviation are ImageNet's."""
     image_std: Tuple[Annotated[float, Field(ge=1e-3, le=1)]] = (0.229, 0.224, 0.225)
     modality: ClassVar = "image"
     preprocessing: ClassVar = ("image_size", "image_mean", "image_std", "interpolation")
@@ -168,7 +171,7 @@ class ImageConfig(Config):
         super().check()
         for name in ("image_mean", "image_std"):
             if len(values := getattr(self, name)) != self.in_chans:
-                raise ValueError(f"{name} must have in_chans {self.in_chans} numbers, got {short(values)}")
+                raise ValueError(f"{name} must have {self.in_chans} numbers, as in_chans says, got {short(values)}")
 
     @property
     def timm_preprocessing(self: Any) -> Record:
@@ -201,7 +204,7 @@ class ImageEncoderConfig(Data2Vec2EncoderConfig, ImageConfig):
     def check(self) -> None:
         super().check()
         if self.image_size % self.patch_size:
-            raise ValueError(f"patch_size must divide image_size, got {self.patch_size} for {self.image_size}")
+            raise ValueError(f"patch_size must divide image_size {self.image_size}, got {self.patch_size}")
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -223,11 +226,12 @@ class AudioEncoderConfig(Data2Vec2EncoderConfig, SoundConfig):
 
     kind: Literal["audio"] = "audio"
     extractor_mode: Literal["layer_norm", "default"] = "layer_norm"
-    """``layer_norm``: LayerNorm after each convolution; ``default``: only GroupNorm over time after the first one."""
+    """``layer_norm``: a LayerNorm after each convolution; ``default``: a GroupNorm of each channel over time, only
+    after the first convolution."""
     feature_encoder_spec: str = Field(
         default="[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]", max_length=1000
     )
-    """Channels, kernel and stride of each convolution."""
+    """Channels, kernel and stride of each convolution, as text in fairseq's form."""
     conv_pos_width: Depth = 95
     conv_pos_groups: Depth = 16
     conv_pos_depth: Depth = 5
@@ -238,7 +242,7 @@ class AudioEncoderConfig(Data2Vec2EncoderConfig, SoundConfig):
     def check(self) -> None:
         super().check()
         if self.embed_dim % self.conv_pos_groups:
-            raise ValueError(f"conv_pos_groups must divide embed_dim, got {self.conv_pos_groups}")
+            raise ValueError(f"conv_pos_groups must divide embed_dim {self.embed_dim}, got {self.conv_pos_groups}")
         _ = self.convolutions  # parsed once
 
     @property
@@ -248,18 +252,21 @@ class AudioEncoderConfig(Data2Vec2EncoderConfig, SoundConfig):
 
     @cached_property
     def convolutions(self) -> list[tuple[int, int, int]]:
-        """Channels, kernel and stride of each convolution."""
+        """(channels, kernel, stride) of each convolution, parsed from :attr:`feature_encoder_spec`."""
         return parse_convolutions(self.feature_encoder_spec)
 
     def min_samples(self, num_frames: int = 1) -> int:
-        """Return the length in samples of the shortest waveform that gives so many frames."""
+        """Return the length in samples of the shortest waveform that gives ``num_frames`` frames."""
         samples = num_frames
         for _, kernel, stride in reversed(self.convolutions):
             samples = (samples - 1) * stride + kernel
         return samples
 
     def num_frames(self, num_samples: LengthT, num_convolutions: int | None = None) -> LengthT:
-        """Return how many frames ``num_samples`` (int or tensor) give after all convolutions or the first few."""
+        """Return the number of frames that the first ``num_convolutions`` convolutions, or all, make of a waveform.
+
+        ``num_samples``, the waveform's length, is an int, or a tensor of the lengths of several.
+        """
         for _, kernel, stride in self.convolutions[:num_convolutions]:
             num_samples = (num_samples - kernel) // stride + 1
         return num_samples
@@ -271,7 +278,7 @@ def parse_convolutions(spec: str) -> list[tuple[int, int, int]]:
     fairseq evaluates the text as Python. Here, only lists of tuples, ``*`` and ``+`` are read.
 
     Raises:
-        ValueError: The text has anything else, or a number is out of range.
+        ValueError: The text has another form, or a number is out of range.
     """
     layers = list[tuple[int, int, int]]()
     for text in spec.replace(" ", "").split("+"):
@@ -292,13 +299,16 @@ def parse_convolutions(spec: str) -> list[tuple[int, int, int]]:
 
 
 class EatEncoderConfig(Data2Vec2EncoderConfig, SoundConfig):
-    """Sizes of an EAT encoder, and what normalizes its spectrograms; the defaults are AudioSet's."""
+    """Sizes of an EAT encoder, and the mean and standard deviation that normalize its spectrograms.
+
+    The defaults are those of EAT's pre-training on AudioSet.
+    """
 
     kind: Literal["eat"] = "eat"
     target_length: int = Field(default=1024, ge=EAT_PATCH, multiple_of=EAT_PATCH)
-    """Frames of a spectrogram, one each 10 ms."""
+    """Number of frames of a spectrogram, one every 10 ms."""
     max_length: int = Field(default=768, ge=1, le=MAX_PATCHES)
-    """Number of rows of patches that have positions."""
+    """Number of patches along the time axis for which the encoder has position embeddings."""
     log_mel_mean: float = -4.268
     log_mel_std: PositiveFloat = 4.569
     preprocessing: ClassVar = ("sample_rate", "target_length", "log_mel_mean", "log_mel_std")
@@ -337,8 +347,8 @@ class TimmConfig(ImageConfig):
     timm: str
     """Version of timm that built the encoder."""
     outputs: Tuple[float] = Field(default=(), repr=False)  # no part of the weights' hash, which is of a repr
-    """A few outputs for a fixed image, in an exported file: another version of timm may silently build something else
-    under the same name."""
+    """In an exported file, a few of the student's outputs for fixed images. They reveal a version of timm that builds
+    another model under the same name."""
 
 
 class TimmEncoderConfig(TimmConfig):
@@ -372,9 +382,9 @@ class TeacherConfig(Config):
     encoder: EncoderConfig
     depth: Depth
     average_top_k_layers: int
-    """Number of last blocks in the target, as in pre-training."""
+    """Number of the teacher's last blocks in the target: for data2vec 2.0, as in pre-training; for timm, all."""
     final_layer_norm: bool = True
-    """True if the target ends with a LayerNorm: ``layer_norm_targets`` of data2vec's pre-training on audio."""
+    """True if the target ends with a LayerNorm; for audio models, fairseq's ``layer_norm_targets``."""
     normalization: ClassVar = "instance"
 
     def __getattr__(self, name: str) -> Any:
@@ -387,16 +397,18 @@ class TeacherConfig(Config):
         check_whole("average_top_k_layers", self.average_top_k_layers, 1, self.depth)
         shape, num_blocks = getattr(self.encoder, "alibi_scale_shape", None), self.encoder.prenet_depth + self.depth
         if shape is not None and shape[0] not in (1, num_blocks):
-            raise ValueError(f"alibi_scale_shape must be for {num_blocks} blocks or for 1, got {short(shape)}")
+            raise ValueError(
+                f"alibi_scale_shape must begin with {num_blocks}, the number of blocks, or 1, got {short(shape)}"
+            )
 
 
 _SIZES = yaml.safe_load(Path(__file__).with_name("released.yaml").read_text("utf-8"))
 RELEASED = {name: TeacherConfig(**sizes) for name, sizes in _SIZES.items()}
-"""Name → sizes of Meta's models and of EAT's; a name without a modality is an image model."""
+"""Name → sizes of Meta's models and of EAT's; a name without a suffix is an image model."""
 
 
 class TargetOptions(BaseModel):
-    """How a target is made of a teacher's layers, as a YAML and :meth:`Teacher.targets` have it."""
+    """Options by which a target is computed from a teacher's layers, in a YAML and in :meth:`Teacher.targets`."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
@@ -404,20 +416,22 @@ class TargetOptions(BaseModel):
     """``ffn``: FFN outputs of the teacher's blocks. ``block``: the blocks' outputs (in a pre-norm ViT, the residual
     stream)."""
     average_top_k_layers: Annotated[int, Field(ge=1)] | None = None
-    """Number of the teacher's last blocks in the target; null: the teacher's own setting."""
+    """Number of the teacher's last blocks in the target; null: as in pre-training for data2vec 2.0 and EAT, all blocks
+    of other teachers."""
     normalization: Normalization | None = None
     """Normalization of each layer in target, prediction and ``layer_mean``. ``instance``: over tokens, as in data2vec
     2.0. ``layer``: over channels, which keeps the mean over tokens that mean pooling uses. null: ``instance``; with
     ``student.model``, ``layer``."""
     final_layer_norm: bool | None = None
-    """End target, prediction and ``layer_mean`` with a LayerNorm. null: as in the teacher's pre-training, which is
-    false for data2vec 2.0's audio models."""
+    """End target, prediction and ``layer_mean`` with a LayerNorm. null: as in the teacher's pre-training (false for
+    data2vec 2.0's audio models, true for its image models and EAT); true for other teachers."""
     extra_tokens: ExtraTokens = "regress"
-    """Treatment of CLS and registers. ``regress``: like patches. ``drop``: exclude them from InstanceNorm and the loss,
-    and regress CLS to the mean target with weight 0.01, as in data2vec 2.0's pre-training."""
+    """Treatment of CLS and registers. ``regress``: like patches. ``drop``: leave them out of InstanceNorm's statistics
+    and the loss, and add a loss with weight 0.01 that regresses CLS to the mean target, as in data2vec 2.0's
+    pre-training."""
 
     def num_dropped(self, num_extra_tokens: int) -> int:
-        """Return the number of first tokens that target and loss leave out, given how many are extra tokens."""
+        """Return the number of first tokens that target and loss leave out, given the number of extra tokens."""
         return num_extra_tokens if self.extra_tokens == "drop" else 0
 
 
@@ -426,7 +440,7 @@ class TargetConfig(TargetOptions, Config):
 
 
 class BlockSizes(BaseModel):
-    """Sizes of a student's blocks, as a YAML and a file have them."""
+    """Sizes of a student's blocks, in a YAML and in a student's file."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
@@ -435,7 +449,7 @@ class BlockSizes(BaseModel):
     mlp_ratio: PositiveFloat = 3.0
     """Ratio of the width of a block's MLP to the block's number of channels."""
     alibi: bool = True
-    """Add ALiBi to attention, a bias by the distance between two tokens, as in the thesis chapter."""
+    """Add ALiBi, a bias by the distance between two tokens, to the attention scores, as in the thesis chapter."""
     embed_dim: Width | None = None
     """Number of channels of the blocks and of the raw embeddings, at most the encoder's; null: the encoder's. A
     narrower student has a linear layer before its blocks and, only while it is trained, one after them."""
@@ -467,7 +481,7 @@ class EmbeddingConfig(Config):
     """Description of a student's embedding, in its file."""
 
     raw: RawName  # pyright: ignore[reportInvalidTypeForm]
-    """Name of the raw embedding that it is without an alignment."""
+    """Name of the raw embedding to which the student's embedding is equal without an alignment."""
     of: Annotated[str, Field(max_length=1000)]
     made_by: MadeBy
     space: Annotated[str, Field(max_length=1000)]
