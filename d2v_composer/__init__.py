@@ -3,7 +3,7 @@
 Example:
     >>> from d2v_composer import load_student
     >>> student = load_student("student.safetensors")
-    >>> embeddings = student.embed(images)  # (B, 3, height, width) uint8 → (B, P), as the teacher's
+    >>> embeddings = student.embed(images)  # (B, 3, height, width) uint8 → (B, P), in the teacher's space
 """
 
 # A name is imported when it is first used: torch, Composer and timm take seconds together, and few programs use all.
@@ -61,7 +61,7 @@ MODULES = {
 if not TYPE_CHECKING:  # for which each name has its own type
 
     def __getattr__(name: str) -> object:
-        """Import a public name."""
+        """Return the object of a public name, from the module that defines it."""
         if name not in MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(import_module(f"{__name__}.{MODULES[name]}"), name)

@@ -13,7 +13,7 @@ __all__ = ["d2v2_student"]
 def d2v2_student(pretrained: bool = False, **kwargs: Any) -> TimmWrapper:
     """Build the thesis's student as a timm model, for ``timm.create_model("d2v2_student", checkpoint_path=FILE)``.
 
-    FILE is one that ``d2v export`` wrote; loading it sets the sizes.
+    FILE is a .safetensors file that ``d2v export`` wrote; loading FILE sets the model's sizes.
 
     Args:
         pretrained: Load the file in ``pretrained_cfg_overlay``; no weights are published.
@@ -22,7 +22,7 @@ def d2v2_student(pretrained: bool = False, **kwargs: Any) -> TimmWrapper:
             head is new), ``global_pool``, ``representation``.
 
     Returns:
-        A ``torch.nn.Module``: normalized images, (B, 3, S, S) float → (B, ``num_classes``).
+        A ``torch.nn.Module``: normalized images, (B, 3, S, S) float → (B, ``num_classes``), or the features, (B, D).
 
     Raises:
         ValueError: ``features_only`` is true, but not ``pretrained``: the sizes of feature maps are in a file.

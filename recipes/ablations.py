@@ -2,8 +2,8 @@
 
     python recipes/ablations.py
     python recipes/ablations.py yamls/ablations/timm teacher.checkpoint=FILE
-    python recipes/ablations.py yamls/ablations/choices --whole        # on all of CIFAR-10
-    python recipes/ablations.py --rows "depth 1" --rows "depth 2"      # and the first row
+    python recipes/ablations.py yamls/ablations/choices --whole        # with all of CIFAR-10
+    python recipes/ablations.py --rows "depth 1" --rows "depth 2"      # and the study's first row
     python recipes/ablations.py --images /data/cifar --out /mnt/runs/ablations
 
 A study is a folder with base.yaml, which describes a run, and rows.yaml, whose rows change that run. ``num_images: N``
@@ -36,16 +36,16 @@ class Ablations(Command):
     given: Positional[tuple[str, ...]] = ()
     """The study's folder (default: yamls/ablations/data2vec2), then changes to all its rows, each as key=value."""
     images: PlaceHere = Path("datasets")
-    """Folder with CIFAR-10."""
+    """Folder for CIFAR-10, which is downloaded if missing, and for its shards."""
     whole: bool = False
-    """Use all of CIFAR-10; default: its first 10,000 + 2,000 images."""
+    """Use all of CIFAR-10; default: its first 10,000 training and 2,000 test images."""
     out: PlaceHere | None = None
     """Folder for the runs; default: runs/ablations/ and the study's name."""
     rows: tuple[str, ...] | None = None
     """A row to train besides the first; may be repeated; default: all rows."""
 
     def run(self) -> None:
-        """Train the missing rows, and print the table."""
+        """Train or resume each row, and print the table."""
         has_study = self.given and "=" not in self.given[0]
         study, changes = (Path(self.given[0]), self.given[1:]) if has_study else (STUDIES / "data2vec2", self.given)
         rows = read_rows(study, self.rows)

@@ -1,4 +1,4 @@
-"""Train a detector on the features of a student, with boxes in COCO's format: train, evaluate, save, report.
+"""Train a detector on the features of a student or timm model, with COCO boxes: train, evaluate, save, report.
 
 usage: composer recipes/detect.py FILE.yaml model=PATH [dotted.key=value …]
 
@@ -29,7 +29,7 @@ from d2v_composer.runs.detect import detect
 
 
 def main(argv: Sequence[str], callbacks: Sequence[Callback] = ()) -> Trainer:
-    """Train a detector, given a YAML and its overrides, and further callbacks."""
+    """Train a detector from a YAML and its overrides, with further callbacks."""
     return detect(load_detect_config(argv), callbacks)
 
 

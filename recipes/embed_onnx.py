@@ -2,8 +2,8 @@
 
 usage: python recipes/embed_onnx.py student.onnx photos embeddings.npy
 
-It needs numpy, onnxruntime and Pillow. The images are prepared as the file's metadata say. The embeddings, (N, D), are
-those of ``d2v embed``, up to pixels of a decoded JPEG that differ by 1 of 255. The names of the images, (N,), go to
+It needs numpy, onnxruntime and Pillow. The file's metadata say how to prepare images. The embeddings, (N, D), are those
+of ``d2v embed``, up to pixels of a decoded JPEG that differ by 1 of 255. The names of the images, (N,), go to
 embeddings.ids.npy. Files that Pillow does not know by their suffix are left out.
 """
 

@@ -29,7 +29,7 @@ from d2v_composer.runs.finetune import finetune
 
 
 def main(argv: Sequence[str], callbacks: Sequence[Callback] = ()) -> Trainer:
-    """Fine-tune a classifier, given a YAML and its overrides, and further callbacks."""
+    """Fine-tune a classifier from a YAML and its overrides, with further callbacks."""
     return finetune(load_finetune_config(argv), callbacks)
 
 

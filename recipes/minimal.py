@@ -4,7 +4,7 @@ usage: python recipes/minimal.py
 
 It needs torch, torchvision, safetensors and Streaming. Teacher and student share one frozen encoder, which runs once
 per step; only the student's blocks are trained. At every token, the mean of their normalized FFN outputs regresses the
-mean of the teacher's. A run of d2v_composer also fits a linear map to the teacher's embedding at its end.
+mean of the teacher's. A run of d2v_composer ends by fitting a linear map from the student to the teacher's embedding.
 
 Sources: data2vec 2.0 (Baevski et al. 2022, arXiv:2212.07525); ALiBi (Press et al. 2022, arXiv:2108.12409); a thesis
 chapter on distilled unimodal data2vec 2.0 (Tim Cares 2024, github.com/TimCares/MasterThesis).
@@ -47,7 +47,7 @@ class Images(StreamingDataset):
 
 # 2. The models. Their parameters have fairseq's names, so that its files load. Sizes are those in the teacher's file.
 class Block(nn.Module):
-    """A post-norm transformer block. Beside its output, it returns its FFN output: targets are made from these."""
+    """A post-norm transformer block. Beside its output, it returns its FFN output, from which targets are made."""
 
     def __init__(self, sizes: dict, mlp_ratio: float) -> None:
         super().__init__()

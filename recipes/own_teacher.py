@@ -2,8 +2,8 @@
 
 usage: python recipes/own_teacher.py [dotted.key=value …]
 
-It distills the quickstart's images from a ViT with random weights. The same command resumes the run, and refuses a
-teacher whose outputs differ.
+It distills the quickstart's images from a ViT with random weights. The same command resumes an interrupted run,
+and refuses a teacher whose outputs have changed.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class Tokens(torch.nn.Module):
 
 
 def load(checkpoint: str | None = None) -> FrozenModel:
-    """Load the teacher; as ``ext/NAME`` of an installed package, with the YAML's ``teacher.checkpoint``."""
+    """Load the teacher; a run with ``teacher.model: ext/NAME`` passes ``teacher.checkpoint`` to this function."""
     torch.manual_seed(0)
     options = {"image_size": 32, "grid_size": (4, 4), "has_cls_token": True}
     return FrozenModel(Tokens(), source="random weights", license="unknown", **options)

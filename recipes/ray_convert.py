@@ -6,7 +6,7 @@
 usage: ray_convert.py SOURCE OUT [options of d2v convert-images]
 
 Every machine must reach SOURCE and OUT. If a machine is lost, another makes its parts again. If this command is killed,
-run it again: it goes on.
+run it again to convert the missing parts.
 """
 
 import sys

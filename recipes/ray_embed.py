@@ -9,8 +9,8 @@ usage: ray_embed.py MODEL SOURCE OUT [COLUMN]
 
 SOURCE is a folder of images or clips, of Parquet files (COLUMN holds the samples) or of WebDataset tars (COLUMN is the
 samples' suffix). OUT is a new folder of Parquet files with SOURCE's rows in any order: the columns embedding and error
-replace the samples. A row names its file by the path, its sample in a tar by __key__; rows of Parquet files need an id
-of their own. Every machine must reach MODEL, SOURCE and OUT. The cluster needs two cores.
+replace the samples. The column path names a row's file, or __key__ its sample in a tar; rows of Parquet files need an
+id of their own. Every machine must reach MODEL, SOURCE and OUT. The cluster needs at least two cores.
 """
 
 import sys

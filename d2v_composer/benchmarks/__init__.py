@@ -22,15 +22,15 @@ from d2v_composer.system.progress import progress_bar
 # Samples that d2v evaluate embeds at once when it measures a model's speed.
 BATCH_SIZES = (1, 64)
 Rates = NDArray[np.float64]
-"""Units of work per second, (R,): the n-th rates of all programs are from the same round."""
+"""Units of work per second in each of R rounds, (R,)."""
 
 
 def interleave(passes: Mapping[str, tuple[Callable[[], object], float]], repeats: int) -> dict[str, Rates]:
-    """Measure programs alternately, after one warm-up pass of each.
+    """Measure the speed of programs that take turns, after one warm-up pass of each.
 
     Args:
         passes: Name → a function that does one pass, and the number of units of work in a pass.
-        repeats: Number of measured passes of each program.
+        repeats: Number of rounds, in each of which every program does one measured pass.
 
     Returns:
         Name → units per second in each measured pass.
@@ -78,7 +78,7 @@ def measure_speeds(
 def result_of(
     setting: Mapping[str, Json], unit: str, rates: Mapping[str, Rates], compared: Sequence[tuple[str, str]]
 ) -> Record:
-    """Return a benchmark's result for JSON; a ratio is the median over rounds, as a slow round slows both programs."""
+    """Return a benchmark's result for JSON; a ratio is the median over rounds, as slow rounds slow both programs."""
     return {
         **setting,
         "machine": describe_machine(),

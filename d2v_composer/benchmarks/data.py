@@ -1,6 +1,6 @@
-"""Measure how fast training images arrive: our loader and torchvision's ImageFolder, on the same photographs.
+"""Measure how fast training images arrive, from this package's loader and from torchvision's ImageFolder.
 
-Every contender reads all images in every pass and delivers them in batches through a torch DataLoader. A pass is a
+Each loader reads all images in every pass and delivers them in batches through a torch DataLoader. A pass is a
 whole epoch; worker processes persist between passes. After the warm-up pass, all files are in the page cache.
 """
 
@@ -113,7 +113,7 @@ def write_shards(images: list[bytes], out: str) -> None:
 
 
 def build_ours(local: Path, remote: str | None, options: dict[str, Any]) -> DataLoader:
-    """Return a loader of our shards in ``local``, or of those in the store ``remote`` with ``local`` as their cache."""
+    """Return this package's loader of shards in ``local``, or in the store ``remote`` with the cache ``local``."""
     if remote is not None:
         fetch_index(remote, local)
     index = Index(local, Images(), remote=remote)
@@ -122,7 +122,7 @@ def build_ours(local: Path, remote: str | None, options: dict[str, Any]) -> Data
 
 
 def augment() -> Callable[..., Tensor]:
-    """Return the training transform of PIL images that most tutorials use."""
+    """Return the usual training augmentation for ImageNet, from PIL images to normalized tensors."""
     bicubic = transforms.InterpolationMode.BICUBIC
     return transforms.Compose(
         [
@@ -145,4 +145,6 @@ def take_all(loader: Iterable, num_images: int) -> None:
         images = batch["image"] if isinstance(batch, dict) else batch[0]
         count += len(images)
     if (count, *images.shape[1:]) != (num_images, 3, IMAGE_SIZE, IMAGE_SIZE):
-        raise RuntimeError(f"expected {num_images} images, got {count}; the last batch is {tuple(images.shape)}")
+        raise RuntimeError(
+            f"expected {num_images} images of {IMAGE_SIZE} px, got {count}; the last batch is {tuple(images.shape)}"
+        )

@@ -49,7 +49,7 @@ def multiply(bank_ND: Tensor, queries_QD: Tensor) -> None:
 
 
 def search_with_faiss(bank_ND: Tensor, queries_QD: Tensor, k: int) -> Tensor:
-    """Return the neighbors, (Q, k), as faiss finds them by brute force."""
+    """Return the indices of each query's k nearest vectors of the bank, (Q, k), found by faiss's brute force."""
     import faiss
 
     index = faiss.IndexFlatIP(bank_ND.shape[1])

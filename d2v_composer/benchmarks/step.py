@@ -1,8 +1,8 @@
-"""Measure a training step: a naive program and ours, eager and compiled, interleaved in one process.
+"""Measure a training step: a naive program and this package's, eager and compiled, interleaved in one process.
 
 A step is what Composer's Trainer does with a loaded batch: forward, backward, clipping, AdamW. ``trainer`` runs
 ``ours`` in the Trainer itself, with distill.yaml's algorithms, callbacks and JSON lines: the difference is what the
-Trainer costs. All contenders start from the same weights and must find the same loss. The yardstick is a matrix product
+Trainer costs. All programs start from the same weights and must find the same loss. The yardstick is a matrix product
 of the MLP's shape on the same device: the images/s of a step whose FLOP were all in such products.
 """
 
@@ -67,13 +67,13 @@ def benchmark(
     trace: Path | None,
     overrides: Sequence[str],
 ) -> Record:
-    """Measure images per second of each contender.
+    """Measure the images per second of each program.
 
     The arguments are the options of ``d2v benchmark step``.
 
     Raises:
         InputError: There is no compiler, or ``overrides`` name a student.
-        RuntimeError: The contenders find different losses.
+        RuntimeError: The programs compute different losses.
     """
     on_gpu = torch.cuda.is_available()
     precision = name_precision(precision)
@@ -125,10 +125,10 @@ def benchmark(
 def build_run(
     name: str, model: DistillationModel, config: TrainConfig, images: Tensor, steps: int, at_end: ExitStack
 ) -> Callable[[int], Tensor]:
-    """Return a function that trains a contender for a number of steps and returns the last loss.
+    """Return a function that trains a program for a number of steps and returns the last loss, a scalar.
 
     Args:
-        name: Name of the contender.
+        name: Name of the program.
         model: The model, which is copied.
         config: Config of the training.
         images: The batch of every step.
@@ -181,7 +181,7 @@ def in_trainer(
 
 
 def profile_steps(run: Callable[[int], Tensor], trace: Path | None) -> Record:
-    """Profile three steps: names of attention kernels; GPU kernels and GPU ms per step; peak memory in GB."""
+    """Profile three steps: names of attention kernels; GPU kernels and GPU ms per step; peak GPU memory in GB."""
     with profile() as profiler:
         run(PROFILED_STEPS)
     events = profiler.key_averages()
@@ -245,7 +245,7 @@ def train_step(
 
 
 def check_losses(losses: dict[str, Tensor]) -> None:
-    """Check that all contenders compute the same loss as the first one, or raise RuntimeError."""
+    """Check that all programs compute the same loss as the first one, or raise RuntimeError."""
     first, expected = next((name, loss.item()) for name, loss in losses.items())
     for name, loss in losses.items():
         if not abs(loss.item() - expected) <= LOSS_TOLERANCE * expected:  # NaN is not

@@ -85,7 +85,7 @@ def hold_out(source: Source, record: Path) -> tuple[dict[str, Source], int]:
 
     Args:
         source: The samples.
-        record: A JSON file, which gets the hashes of the held-out contents.
+        record: The JSON file to which the SHA-256 hashes of the held-out contents are written.
 
     Returns:
         The two parts, and the number of copies among the samples of ``test``.
@@ -140,21 +140,21 @@ class _Task(NamedTuple):
 
     source: Source
     groups: Sequence[Int64Array]
-    """Numbers of the samples in each shard."""
+    """For each shard, the numbers of its samples in the source."""
     options: Record
-    """Options of the encoding."""
+    """Options of the modality's ``encode``."""
     skip_unreadable: bool
     out: str
     work: Path
     """Local folder of an unfinished conversion: records of finished shards, and files being written."""
     records: Path
-    """Folder of these shards' records; other samples or settings get another folder."""
+    """Folder of the finished shards' records; a conversion of other samples or settings has another folder."""
 
     etags: dict[str, str]
     """Name → ETag of the objects in ``out`` that this process knows; empty unless ``out`` is in S3."""
 
     def finish_shard(self, number: int) -> Record:
-        """Write a group's shard, unless it exists.
+        """Write the shard of group ``number``, unless it exists and is whole.
 
         Returns:
             The shard's record: its ``entry`` in the index, or ``None`` if no sample was readable; its ``etag`` in S3;
@@ -209,7 +209,7 @@ def work_folder(out: str) -> Path:
 
 
 def _check_out(out: str, work: Path) -> None:
-    """Check that OUT, local or in a store, is new or has an interrupted conversion, which its summary shows.
+    """Check that OUT, local or in a store, is new or holds an interrupted conversion, which its summary shows.
 
     Raises:
         InputError: OUT holds a finished data set or anything else, or cannot be listed.
@@ -248,7 +248,7 @@ def convert(
     plan: Record | None = None,
     **options: Json,
 ) -> Conversion:
-    """Write samples to an MDS data set with their modality's columns (``image`` or ``audio``) and, if known, ``label``.
+    """Write samples to an MDS data set, in the column ``image`` or ``audio``, with their labels in ``label`` if known.
 
     Args:
         source: The samples; see :func:`open_samples`. CIFAR-10's images become PNGs.
@@ -278,7 +278,7 @@ def convert(
     summary = {"classes": class_names, "seed": seed, **options} | ({"part": plan} if plan else {})
     with sole_user(work / "lock", LOCK_SECONDS) as alone:
         if not alone:
-            raise InputError(f"{out}: another conversion is writing to this folder; wait for it, or choose another OUT")
+            raise InputError(f"{out}: another conversion is writing to this place; wait for it, or choose another OUT")
         _check_out(out, work)
         _write_json(out, work, {SUMMARY: summary})  # from now on, it says that OUT is ours
         task = _Task(source, groups, options, skip_unreadable, out, work, records, list_etags(out))
@@ -313,11 +313,11 @@ def convert(
 
 
 def merge_shards(out: str) -> Conversion:
-    """Join all parts to one MDS data set, without moving their shards.
+    """Merge all parts into one MDS data set, without moving their shards.
 
     Raises:
-        InputError: A part is missing, is there twice or was not made like the others, a shard is missing or has another
-            size, or ``out`` holds another data set.
+        InputError: A part is missing, the parts do not belong together, a shard is missing or has another size, or
+            ``out`` holds another data set.
         RunError: The disk or the store fails.
     """
     parts, entries = Parts(out), []
@@ -349,7 +349,7 @@ def merge_shards(out: str) -> Conversion:
 
 
 def _write_json(out: str, work: Path | None, files: Record) -> None:
-    """Write files by name; the index, which finishes a data set, comes last."""
+    """Write JSON files, name → content, in the given order: the index must be last, as it finishes a data set."""
     for name, content in files.items():
         with _published(out, name, work) as path:
             path.write_text(json.dumps(content, sort_keys=True))
@@ -357,7 +357,7 @@ def _write_json(out: str, work: Path | None, files: Record) -> None:
 
 @contextmanager
 def _published(out: str, name: str, work: Path | None) -> Iterator[Path]:
-    """Yield a local path to write to. When the ``with`` block ends, publish the file if one was written.
+    """Yield a local path to write to. When the ``with`` block ends, move a file written there to ``out``.
 
     Args:
         out: The folder, or its address in a store.
@@ -375,7 +375,7 @@ def _published(out: str, name: str, work: Path | None) -> Iterator[Path]:
 
 
 def _groups(source: Source, resize: int | None, seed: int, shard_bytes: int) -> list[Int64Array]:
-    """Return the numbers of the samples in each shard of about ``shard_bytes``; samples in folders are shuffled."""
+    """Return the sample numbers of each shard of about ``shard_bytes``; samples in folders or zips are shuffled."""
     sizes, order = source.sizes, np.arange(len(source))
     if resize:
         sizes = np.minimum(sizes, resize**2 * BYTES_PER_SQUARE)
@@ -386,7 +386,7 @@ def _groups(source: Source, resize: int | None, seed: int, shard_bytes: int) -> 
 
 
 def convert_cifar10(images: Path, out: Path, num_train: int = 50_000, num_test: int = 10_000) -> None:
-    """Write the first images of each split of CIFAR-10 to ``out``/train and ``out``/test, unless they exist.
+    """Write the first images of CIFAR-10's splits as MDS to ``out``/train and ``out``/test, unless these exist.
 
     torchvision's CIFAR-10 is downloaded to the folder ``images`` if it is missing there.
 

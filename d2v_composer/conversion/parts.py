@@ -74,7 +74,7 @@ class Parts:
         """Return the record of each part, in order.
 
         Raises:
-            InputError: A part is missing, is there twice, or was not made like the others.
+            InputError: A part is missing, or the parts do not belong together.
         """
         pattern = re.compile(rf"(\d{{5,}})-of-(\d{{5,}}){re.escape(self._last)}")
         parts = sorted(Part(*map(int, match.groups())) for match in map(pattern.fullmatch, self.files) if match)
@@ -90,7 +90,7 @@ class Parts:
 
     @cached_property
     def files(self) -> dict[str, File]:
-        """The files below the folder, by path."""
+        """Path below the folder → file."""
         if is_remote(self.folder):
             return {file.path: file for file in list_store(self.folder)}
         paths = {path.relative_to(self.folder).as_posix(): path for path in Path(self.folder).rglob("*")}
@@ -108,7 +108,7 @@ class Parts:
 
     @staticmethod
     def load(address: str) -> Json:
-        """Return the content of a JSON file of ours; ``None`` if there is no such file.
+        """Return the content of a JSON file that this package wrote; ``None`` if there is no such file.
 
         Raises:
             InputError: The file cannot be read.

@@ -1,1 +1,1 @@
-"""Embed a collection into a file, or the columns of a table."""
+"""Embed samples into a file or a table's columns, search the embeddings, and align a student with them."""

@@ -26,7 +26,7 @@ from d2v_composer.system.progress import progress_bar
 
 # Held-out samples that are looked up in the index.
 MAX_QUERIES = 500
-# Pixels alone explain 0.17 of the held-out rows' variance; a map that explains little more finds nothing.
+# Pixels alone explain 0.17 of the held-out rows' variance; an alignment that explains little more finds nothing.
 LEAST_R2 = 0.2
 BLOCK = 4096  # pairs that are summed up at once
 
@@ -39,23 +39,23 @@ class Aligned(NamedTuple):
     statistics: dict[str, float]
     """Measures of the alignment; see :attr:`Fit.statistics <d2v_composer.models.alignment.Fit.statistics>`."""
     queries: int
-    """Number of held-out samples that were looked up."""
+    """Number of held-out samples that were looked up in the index."""
     recall: dict[int, float]
-    """k → share of the k rows nearest to a held-out sample's own row that the sample's mapped embedding also finds; the
-    own row does not count."""
+    """k → share of the k rows nearest to a held-out sample's own row that are also among the k nearest to the sample's
+    aligned embedding, the mean over samples; the sample's own row is left out."""
 
 
 class Pairs(NamedTuple):
-    """Samples of a source, and the embedding to which each is to be mapped."""
+    """Samples of a source, and the embeddings with which theirs are to be aligned."""
 
     numbers: Sequence[int]
-    """The samples' numbers, (M,)."""
+    """Numbers of the samples in the source, (M,)."""
     target: NDArray | Callable[..., Tensor]
-    """The index, (N, P); or a function that embeds a batch, (B, P), of which all rows make one."""
+    """Rows of the index, (N, P); or a function that maps the inputs of a batch to embeddings, (B, P)."""
     places: Int64Array | None
     """The samples' rows in the index, (M,); ``None`` for a function."""
     of: EmbeddingInfo
-    """Description of the embeddings of the target."""
+    """Description of the embeddings in ``target``."""
 
 
 def pairs_of_index(source: Source, index: VectorIndex, path: str, maximum: int) -> tuple[Pairs, int]:
@@ -65,7 +65,7 @@ def pairs_of_index(source: Source, index: VectorIndex, path: str, maximum: int) 
         The pairs, and how many rows are left out because they share an id with another row.
 
     Raises:
-        InputError: The index has none of the samples; the message names it by ``path``.
+        InputError: No sample's id belongs to exactly one row; the message names the index by ``path``.
     """
     names, places, counts = np.unique(index.ids, return_index=True, return_counts=True)
     rows = dict(zip(names[counts == 1].tolist(), places[counts == 1].tolist(), strict=True))
@@ -73,7 +73,7 @@ def pairs_of_index(source: Source, index: VectorIndex, path: str, maximum: int) 
     if not numbers:
         there, here = (repr(str(ids[0])) if len(ids) else "none" for ids in (index.ids, source.ids))
         raise InputError(
-            f"{path} has no row for a sample of {source.root}: its ids look like {there}, the samples' like {here}"
+            f"{path} has no row for any sample of {source.root}: ids look like {there} there, and like {here} here"
         )
     numbers = [numbers[place] for place in evenly_spaced(len(numbers), maximum)]
     found = np.array([rows[str(source.ids[number])] for number in numbers])
@@ -94,13 +94,13 @@ def align(model: Backbone, source: Source, pairs: Pairs, device: str, workers: i
     Args:
         model: The model, in eval mode on the device.
         source: The samples.
-        pairs: The samples to fit to, and their other embeddings.
+        pairs: The samples on which the alignment is fitted, and the other embeddings.
         device: cpu or cuda.
         workers: Number of processes that decode samples.
 
     Raises:
         InputError: Too few samples can be read.
-        RunError: R² is below ``LEAST_R2``: the rows seem to be of other samples.
+        RunError: R² on held-out pairs is below ``LEAST_R2``.
     """
     numbers, target, places, of = pairs
     size, unreadable, inputs, rows = source.modality.batch_size, dict[int, str](), list[Tensor](), list[Tensor]()
@@ -118,8 +118,8 @@ def align(model: Backbone, source: Source, pairs: Pairs, device: str, workers: i
     bank_NP = torch.cat(rows) if callable(target) else torch.from_numpy(np.array(target, np.float32))
     if len(used) < (least := max(MIN_PAIRS, bank_NP.shape[1] // 2)):
         raise InputError(
-            f"{source.root}: expected at least {least} pairs (half the width of the embeddings, or {MIN_PAIRS} if "
-            f"more), got {len(used)}"
+            f"{source.root}: expected at least {least} readable samples with an embedding to align to (half its width, "
+            f"or {MIN_PAIRS} if more), got {len(used)}"
         )
     inputs_MI, targets_MP = torch.cat(inputs), bank_NP[places]
     with errors_of(source.root):
@@ -127,8 +127,8 @@ def align(model: Backbone, source: Source, pairs: Pairs, device: str, workers: i
         fit, trial = moments.fit(), moments.fit(whole=False)
     if fit.statistics["r2"] < LEAST_R2:
         raise RunError(
-            f"R² of the alignment is {fit.statistics['r2']:.3f} on held-out rows: either the ids do not belong to "
-            "these rows, in this order, or the student must train longer"
+            f"R² of the alignment is {fit.statistics['r2']:.3f} on held-out samples, below {LEAST_R2}: either the "
+            "index gives the samples' ids to other rows, or the student must train longer"
         )
     held_out = range(HELD_OUT - 1, len(used), HELD_OUT)
     held_out = [held_out[place] for place in evenly_spaced(len(held_out), MAX_QUERIES)]

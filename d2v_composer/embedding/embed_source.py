@@ -1,6 +1,6 @@
-"""Embed a collection of images or clips into one file, by one process or several, and merge its parts.
+"""Embed the images or clips of a source into one file, in one process or several, and merge parts.
 
-The batches depend on the source and the batch size alone. A process embeds a few batches, a chunk, and writes their
+The batches depend on the source and the batch size alone. A process embeds a chunk of a few batches, and writes its
 embeddings to a file whose name is a hash of all that they depend on. So a killed run loses at most one chunk of each
 process, and any number of processes ends with the same bytes. Shapes: N samples, B samples of a batch, D channels.
 """
@@ -51,7 +51,7 @@ MOVING = "moving"  # beside the chunks from when OUT was last checked: its files
 
 
 class EmbeddingOptions(NamedTuple):
-    """Settings of a run, which resumes only with the same settings."""
+    """Settings of a run; an interrupted run resumes only with the same settings."""
 
     embedding: str = EMBEDDING
     """Name of the embedding."""
@@ -81,7 +81,7 @@ class IndexRecord(TypedDict):
 
 
 class Embedded(NamedTuple):
-    """Result of a run."""
+    """Result of embedding a source, or of merging parts."""
 
     images: int
     channels: int
@@ -90,7 +90,7 @@ class Embedded(NamedTuple):
     resumed: int
     """Number of samples that an interrupted run had embedded."""
     seconds: float
-    """Seconds that this run took to embed the other samples."""
+    """Seconds that this run took to embed the samples that no earlier run had embedded."""
 
 
 class _Chunk(NamedTuple):
@@ -138,7 +138,7 @@ def embed_source(
     """Embed every sample of a source, or of its part, into a file, or resume an interrupted run.
 
     ``out`` appears, or replaces an old file, only when it is complete, after the files beside it. Until then, chunks of
-    embeddings are in a hidden folder next to ``out`` or, if that is in a store, in our cache. If files of the source
+    embeddings are in a hidden folder next to ``out`` or, if ``out`` is in a store, in the cache. If files of the source
     have changed, a resumed run embeds their chunks again. Call this on all ranks; the first writes ``out``.
 
     Args:
@@ -149,8 +149,8 @@ def embed_source(
         device: cpu or cuda.
         workers: Number of processes that decode samples.
         skip_unreadable: Skip and list unreadable samples instead of stopping.
-        overwrite: Replace ``out``.
-        part: The :func:`record_of` a part.
+        overwrite: Replace ``out`` if it exists.
+        part: Record of the source's part, from :func:`record_of`; default: the source is whole.
         made_from: The fields ``reference``, ``source`` and ``column`` of :class:`IndexRecord`.
 
     Raises:
@@ -202,7 +202,7 @@ def embed_source(
 def embed_batches(
     model: Backbone, source: Source, batches: Sequence[range], options: EmbeddingOptions, device: str, workers: int
 ) -> Iterator[tuple[NDArray, list[tuple[int, str]]]]:
-    """Yield for each batch the embeddings of its readable samples, and the number and reason of each unreadable one.
+    """Yield each batch's embeddings of readable samples, (B, D), and number and error of each unreadable sample.
 
     Raises:
         InputError: An embedding is not finite.
@@ -220,7 +220,7 @@ def embed_batches(
 
 
 def record_of(model: Backbone, source: Source, part: Part, options: EmbeddingOptions, device: str) -> Record:
-    """Return a part's record of embeddings; see :class:`~d2v_composer.conversion.parts.Parts`."""
+    """Return the record of a part of the embeddings; see :class:`~d2v_composer.conversion.parts.Parts`."""
     settings = options._asdict() | {"embedding": str(model.describe(options.embedding))}
     return plan_of(source, part, model=hash_weights(model), device=device, **settings)
 
@@ -251,7 +251,7 @@ def check_ids(ids: Iterable[object]) -> None:
         try:
             name.encode()
         except UnicodeEncodeError as error:
-            raise InputError(f"{name!r} is not UTF-8, as Parquet needs; rename it, or write NAME.npy") from error
+            raise InputError(f"{name!r} is not UTF-8, which Parquet needs; rename it, or write NAME.npy") from error
 
 
 def _cut(source: Source, plan: Mapping[str, Json], folder: Path) -> list[_Chunk]:
@@ -276,7 +276,7 @@ def _wait(theirs: deque[_Chunk], bar: tqdm, folder: Path) -> None:
     """Wait until the other ranks have embedded their samples.
 
     Raises:
-        RunError: The other ranks have ended without their chunks.
+        RunError: The other ranks have ended, and some of their chunks are missing.
     """
     deadline = time.monotonic() + RANK_SECONDS
     while theirs:
@@ -307,10 +307,10 @@ def _check_plan(folder: Path, plan: Mapping[str, Json]) -> None:
 
 
 def merge_embeddings(out: str, *, overwrite: bool) -> Embedded:
-    """Join all parts to one file, without removing them.
+    """Merge all parts of the embeddings into one file, without removing the parts.
 
     Raises:
-        InputError: A part is missing, is there twice or was not made like the others, or ``out`` exists.
+        InputError: A part is missing, the parts do not belong together, or ``out`` exists.
         RunError: The disk or the store fails.
     """
     check_out(out, overwrite=overwrite)
@@ -327,7 +327,7 @@ def merge_embeddings(out: str, *, overwrite: bool) -> Embedded:
 
 
 def _read_part(address: str, record: Mapping[str, Json], folder: Path) -> Iterator[tuple[NDArray, NDArray]]:
-    """Yield the ids and embeddings of a part.
+    """Yield the ids, (B,), and embeddings, (B, D), of a part, block by block.
 
     Raises:
         InputError: The part's files are damaged, or not those that its record describes.
@@ -404,7 +404,7 @@ def _write_table(
 
 
 def _write_array(path: Path, blocks: Iterable[NDArray], shape: tuple[int, ...], dtype: np.dtype) -> None:
-    """Write an array to a .npy, block by block."""
+    """Write an array to a .npy file, block by block."""
     with path.open("wb") as file:
         npy.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": shape})
         for block in blocks:
@@ -431,10 +431,10 @@ def _write_parquet(
 def check_out(out: str, *, overwrite: bool, part: Mapping[str, Json] | None = None) -> None:
     """Check that embeddings can be written to ``out``, before the work starts and again before they are moved there.
 
-    Files that a killed run of ours began to move to ``out`` may be replaced.
+    Files that a killed run of this package began to move to ``out`` may be replaced.
 
     Raises:
-        InputError: The suffix is neither .npy nor .parquet, or a file exists or cannot be written.
+        InputError: The suffix is neither .npy nor .parquet, or a file to be written exists or cannot be written.
     """
     if not out.endswith(TABLE_SUFFIXES):
         raise InputError(f"{out} must end in {' or '.join(TABLE_SUFFIXES)}")
@@ -472,7 +472,7 @@ def _record_file(out: str) -> str:
 
 
 def embed_batch(model: Backbone, batch: tuple[Tensor, ...], options: EmbeddingOptions, device: str) -> NDArray:
-    """Return the embeddings, (B, D), of a batch of :func:`load_batch`."""
+    """Return the embeddings, (B, D), of a batch from :func:`load_batch`."""
     dtype = choose_precision(options.precision).autocast_dtype
     values, *lengths = (tensor.to(device, non_blocking=True) for tensor in batch)
     with torch.inference_mode(), precision_of(dtype, device):
@@ -491,7 +491,7 @@ def load_batch(
         numbers: The samples' numbers.
 
     Returns:
-        The batch of readable samples, empty if there are none; and the number and reason of each unreadable sample.
+        The batch of readable samples, empty if there are none; and the number and error of each unreadable sample.
     """
 
     def attempt(number: int) -> Tensor | str:

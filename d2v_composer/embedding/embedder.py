@@ -24,7 +24,7 @@ from d2v_composer.system.errors import errors_of
 
 @dataclass(unsafe_hash=True)
 class Embedder:
-    """Embed a column of images or clips; an engine calls it with batches, on as many machines as it has.
+    """Embed a column of images or clips; an engine calls the embedder with batches, on all of its machines.
 
     A process loads the model at its first batch, onto the GPU that the engine gives it. It embeds as ``d2v embed``
     does: the same batch of files gives the same bits. Let an engine that writes files give Arrow batches
@@ -33,8 +33,8 @@ class Embedder:
 
     Args:
         model: MODEL of ``d2v embed``, which every machine must reach.
-        column: Column of the samples, each a file's bytes, the hub's struct of bytes and path, or a path; images also
-            as (height, width, 3) uint8 or PIL. Default: ``image`` or ``audio``.
+        column: Column of the samples, each a file's bytes, a path, or a dict of both as in Hugging Face datasets;
+            images also as (height, width, 3) uint8 or PIL. Default: ``image`` or ``audio``.
         batch_size: Number of samples that the model takes at once; default: 256 images, or 4 clips.
         pooling: An option of ``d2v embed``, as are the other arguments.
 
@@ -58,7 +58,7 @@ class Embedder:
     first_blocks: int | None = None
     image_size: int | str | None = None
     made: int = field(default_factory=time_ns, init=False)
-    """Time of creation: an embedder equals only its own copies, since the file of a later one may have changed."""
+    """Time of creation, in ns. An embedder equals only its copies: a later one may load a file that has changed."""
 
     def __call__(self, batch: Any) -> Any:
         """Add the columns ``embedding`` and ``error`` to a batch.

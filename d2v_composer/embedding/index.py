@@ -19,12 +19,12 @@ FLOATS = tuple(map(np.dtype, ("float16", "float32", "float64")))  # of an index
 
 
 class VectorIndex(NamedTuple):
-    """Embeddings with their ids."""
+    """Embeddings, their ids, and what made them."""
 
     ids: NDArray[np.str_]
     """Id of each row, (N,)."""
     rows: NDArray
-    """Embeddings, (N, P), of any float type."""
+    """Embeddings, (N, P), float16, float32 or float64."""
     made_by: IndexRecord | None
     """Model and samples of the index; ``None`` if the index does not state them."""
 
@@ -33,10 +33,10 @@ def read_index(path: str) -> VectorIndex:
     """Read what ``d2v embed`` writes: NAME.npy with NAME.ids.npy, or NAME.parquet with the columns id and embedding.
 
     Args:
-        path: A path, or an address in a store, whose files are kept in the cache.
+        path: Path of the index, or its address in a store; files from a store are kept in the cache.
 
     Raises:
-        InputError: A file is missing, or does not hold one row of finite floats for each id.
+        InputError: A file is missing, or does not hold one row for each id, or a row cannot be scaled to length 1.
     """
     with reading(path):
         if path.endswith(".npy"):
@@ -69,7 +69,9 @@ def read_index(path: str) -> VectorIndex:
             # In float32, the length of other rows would be infinite, or so short that it is not normalized.
             if not (is_usable := (largest == 0) | ((largest > 1e-9) & (largest < 1e15))).all():
                 number = first + int(is_usable.argmin())
-                raise ValueError(f"the row of {ids[number]} has numbers that are not finite, or too large or too small")
+                raise ValueError(
+                    f"the row of {ids[number]}: expected finite numbers, of which the largest is 0 or from 1e-9 to 1e15"
+                )
     with reading(about):
         # Not validate_json, because the name of the folder of samples may be no UTF-8.
         made_by = None if stored is None else TypeAdapter(IndexRecord).validate_python(json.loads(stored))

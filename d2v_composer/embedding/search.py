@@ -32,28 +32,29 @@ BLOCK = 1 << 12
 
 
 class Found(NamedTuple):
-    """Rows of an index that a query finds, or that near-duplicates connect."""
+    """Rows of an index: the nearest to a query, or a group of near-duplicates."""
 
     query: str
     """Name of the query; '' for near-duplicates."""
     rows: Int64Array
-    """Numbers of the rows, nearest first, (K,); of near-duplicates ascending."""
+    """Row numbers, (K,): nearest first, or ascending in a group of near-duplicates."""
     cosines: NDArray[np.floating]
-    """Cosine of each row with the query, (K,); or with the first row, after the mean of all rows was subtracted."""
+    """Each row's cosine with the query, (K,); or with the group's first row, after subtracting the mean of all rows."""
     row: int | None = None
-    """Number of the query's own row, if it is one of the index."""
+    """Row number of the query, if the query is a row of the index."""
 
 
 def embed_queries(
     index: VectorIndex, path: str, queries: Sequence[str], model: str | None, device: str
 ) -> tuple[list[Source], list[str], Tensor]:
-    """Embed queries with the model of an index, or with one of the same space.
+    """Embed queries with the model that made an index, or with another model of the same embedding space.
 
     Args:
         index: The index.
-        path: Its path, for errors.
+        path: Path of the index, for errors.
         queries: Sources of the queries; see :func:`~d2v_composer.sources.open.open_source`.
-        model: MODEL of ``d2v embed``; ``None`` for the index's own.
+        model: MODEL of ``d2v embed``; ``None``: the model that made the index.
+        device: cpu or cuda.
 
     Returns:
         The sources; the names of the queries, (Q,); and their embeddings, (Q, D).
@@ -118,7 +119,7 @@ def search(index: VectorIndex, names: Sequence[str], queries: Tensor, k: int) ->
 
 
 def search_row(index: VectorIndex, path: str, name: str, k: int) -> Found:
-    """Return the k rows nearest to the row with an id, without that row.
+    """Return the k rows nearest to the row whose id is ``name``, without that row.
 
     Raises:
         InputError: No row has the id, or several have it.
@@ -126,7 +127,7 @@ def search_row(index: VectorIndex, path: str, name: str, k: int) -> Found:
     rows = np.flatnonzero(index.ids == name)
     if len(rows) != 1:
         raise InputError(
-            f"--id: expected the id of one row; {len(rows) or 'no'} rows of {path} have {name!r}; its ids look like "
+            f"--id: expected the id of one row; {len(rows) or 'no'} rows of {path} have {name!r}; ids there look like "
             f"{str(index.ids[0])!r}"
         )
     (found,) = search(index, [name], torch.from_numpy(index.rows[rows]), k + 1)
@@ -135,7 +136,7 @@ def search_row(index: VectorIndex, path: str, name: str, k: int) -> Found:
 
 
 def as_tensor(rows: NDArray[Any]) -> Tensor:
-    """Return rows as a tensor of the same memory, which nobody writes to; of a mapped file, they are read when used."""
+    """Return rows as a tensor that shares their memory, which nobody writes to; a mapped file's are read when used."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
         return torch.from_numpy(rows)
@@ -144,13 +145,13 @@ def as_tensor(rows: NDArray[Any]) -> Tensor:
 def near_duplicates(rows: NDArray[np.floating], above: float, device: str = "cpu") -> list[Found]:
     """Group rows whose cosine, after the mean of all rows was subtracted, is greater than ``above``.
 
-    Embeddings have much in common, so that their cosines are near 1; without the mean, they differ clearly. Of a few
-    rows, the mean tells little. A group is what pairs connect: two of its rows may be less similar than ``above``. All
-    N² / 2 pairs are compared, by blocks.
+    A model's embeddings have much in common, so their cosines are near 1; without the mean, cosines differ clearly. The
+    mean of only a few rows tells little. Pairs connect rows into groups, so two rows of a group may be less similar
+    than ``above``. All N² / 2 pairs are compared, in blocks.
 
     Args:
         rows: The index, (N, D), of any float type; it may be mapped from a file.
-        above: Least cosine of a pair, from -1 to 1.
+        above: The cosine that a pair must exceed, from -1 to 1.
         device: cpu or cuda.
 
     Returns:
@@ -180,14 +181,14 @@ def near_duplicates(rows: NDArray[np.floating], above: float, device: str = "cpu
 
 
 def _centered(rows: NDArray[np.floating], mean_D: NDArray[np.float64]) -> Tensor:
-    """Return rows, (B, D), minus the mean, with length 1, in float64; what equals the mean is alike."""
+    """Subtract the mean from rows, (B, D), and scale them to length 1, in float64; rows at the mean become equal."""
     rest_BD = torch.from_numpy(rows - mean_D)
     is_mean_B = vector_norm(rest_BD, dim=1) <= 1e-6 * np.linalg.norm(mean_D)
     return normalize(torch.where(is_mean_B[:, None], 1.0, rest_BD), dim=1)
 
 
 def _join(labels: Int64Array, first: Int64Array, second: Int64Array) -> None:
-    """Give the rows of connected groups one label, the smallest number of a row among them."""
+    """Give all rows of connected groups one label: the smallest of their row numbers."""
     while len(first):
         low, high = (choose(labels[first], labels[second]) for choose in (np.minimum, np.maximum))
         apart = low != high

@@ -1,1 +1,1 @@
-"""Export a student as a program, verify what it computes, and write its card."""
+"""Export a student as a program, verify what it computes, and write its model card."""

@@ -1,9 +1,9 @@
-"""Measure an exported file in a runtime against PyTorch, in a folder of `d2v verify --kit`: numpy is enough.
+"""Measure an exported file in a runtime against PyTorch, in a folder of `d2v verify --kit`.
 
     python check_program.py onnxruntime student.onnx
 
-kit.npz has inputs and, last, PyTorch's embeddings of all inputs; kit.json has the limits. The exit status is 1 if a
-limit is missed. To measure another runtime, add it to RUNTIMES.
+It needs only numpy and the runtime. kit.npz has inputs and, last, PyTorch's embeddings of all inputs; kit.json has the
+limits. The exit status is 1 if a limit is missed. To measure another runtime, add it to RUNTIMES.
 """
 
 import json
@@ -26,7 +26,7 @@ class Runtime(NamedTuple):
     """A program that computes with exported files."""
 
     suffix: str
-    """Suffix of its files."""
+    """Suffix of the files that the runtime takes."""
     package: str
     load: Callable[[str], Embed]
 
@@ -89,12 +89,12 @@ RUNTIMES = {
 
 
 def read_kit() -> dict[str, Any]:
-    """Return the embedding's name and the limits."""
+    """Return the embedding's name and the limits, from kit.json."""
     return json.loads((FOLDER / "kit.json").read_text())
 
 
 def measure(runtime: str, file: str) -> dict[str, Any]:
-    """Return name → number: seconds, memory, agreement with PyTorch's embeddings, and samples per second."""
+    """Return name → number: seconds to load, peak MB, agreement with PyTorch's embeddings, and samples per second."""
     start = time.perf_counter()
     *inputs, theirs = np.load(FOLDER / "kit.npz").values()
     embed = RUNTIMES[runtime].load(file)

@@ -31,7 +31,7 @@ NOT_STATED = ("not-stated", "the-file-s", "as-the-source-s", "nothing")
 
 
 def save_with_card(student: Any, source: str, out: Path) -> None:
-    """Write a student to a .safetensors file and, unless it classifies, its card; print a line about each."""
+    """Write a student's .safetensors file and, unless it is a classifier, its model card; print a line about each."""
     if student.head is None:
         write_card = plan_model_card(student, source, out)
         save_student(student, out, lambda: print(write_card()))  # d2v export is refused once the file is there
@@ -41,7 +41,7 @@ def save_with_card(student: Any, source: str, out: Path) -> None:
 
 
 def size_of(student: Any, out: Path) -> str:
-    """Return a line about a file that was written."""
+    """Return a line about a student's written file: the number of parameters, and the file's size."""
     size = cost(student)["num_parameters"]
     return f"wrote {out}: {size / 1e6:.2f} M parameters, {out.stat().st_size / 1e6:.1f} MB"
 
@@ -121,11 +121,11 @@ def choose_rows(queries: Record, student: Any) -> tuple[str, dict[str, str]]:
 
     Args:
         queries: Row → what embedded its queries: ``weights``, ``embedding`` (its name) and ``info``.
-        student: The student. Its rows by other weights or by another alignment are left out; without its own row,
-            all are.
+        student: The student. Its rows by other weights or by another alignment are left out; if no row of the student
+            is left, all rows are.
 
     Returns:
-        The embedding of the table in words; row → its title, which has the row's embedding if that is another one.
+        The embedding of the table in words; and row → its title, with the row's embedding if it is not the table's.
     """
     infos = {row: EmbeddingInfo(**about["info"]) for row, about in queries.items()}
     weights, fingerprints = student.identify_weights(), ("", student.embedding.fingerprint)
@@ -152,7 +152,7 @@ def add_section(readme: Path, heading: str, text: str) -> None:
 
 
 def name_license(stated: str) -> str:
-    """Return the hub's name of a license, from the note stored with a teacher's weights.
+    """Return the Hugging Face hub's name of a license, from the note stored with a teacher's weights.
 
     A note that says more than a license's name becomes a name of its own, because the addition may be a restriction.
     """

@@ -1,4 +1,4 @@
-"""Export a student to ONNX, also in int8, or torch.export."""
+"""Export a student to ONNX, also in int8, or to torch.export."""
 
 import copy
 import io
@@ -62,7 +62,7 @@ class Program(nn.Module):
         self.takes_pixels = takes_pixels
 
     def example(self, count: int) -> Tensor:
-        """Return inputs of zeros."""
+        """Return ``count`` inputs of zeros, in the shape and dtype that the program takes."""
         inputs = self.student.encoder.example(count)
         return inputs.movedim(1, -1).to(torch.uint8).contiguous() if self.takes_pixels else inputs
 
@@ -103,7 +103,7 @@ def metadata_of(student: Backbone, embedding: str, takes_pixels: bool) -> dict[s
 
 
 def read_metadata(path: Path, student: Backbone) -> tuple[str, bool, bool]:
-    """Return which embedding a student's exported file computes, whether in int8, and whether from pixels.
+    """Return which embedding a student's exported file computes, whether in int8, and whether from uint8 pixels.
 
     Raises:
         InputError: The file cannot be read, the student has no such embedding, or the file's preprocessing differs.
@@ -139,12 +139,12 @@ def write_onnx(program: Program, path: Path, metadata: dict[str, str]) -> None:
         metadata: The file's metadata, from :func:`metadata_of`.
 
     Raises:
-        InputError: The student is too large.
+        InputError: The student's weights take more than 2 GB.
     """
     import onnx
 
     if (size := sum(tensor.nbytes for tensor in program.state_dict().values())) > MAX_ONNX:
-        raise InputError(f"an ONNX file holds at most 2 GB, and this student has {size / 1e9:.1f}; export .pt2")
+        raise InputError(f"an ONNX file holds at most 2 GB, and this student has {size / 1e9:.1f} GB; export to .pt2")
     encoder = program.student.encoder
     with warnings.catch_warnings():  # torch 2.13 warns of its own LeafSpec
         warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
@@ -186,7 +186,7 @@ def quantize(program: Path, out: Path, images: Tensor) -> None:
     Args:
         program: File of the program in float32.
         out: The file to write.
-        images: Inputs of the program, which calibrate the range of each layer's inputs.
+        images: Inputs of the program, (N, 3, S, S) or (N, S, S, 3), which calibrate the range of each layer's inputs.
 
     Raises:
         RunError: The disk is full.

@@ -64,7 +64,7 @@ def verify(
     suited = [name for name, entry in RUNTIMES.items() if entry.suffix == exported.suffix and find_spec(entry.package)]
     if refused := [name for name in runtime or () if name not in suited]:
         raise InputError(
-            f"--runtime: {refused[0]} is not installed, or takes no {exported.suffix} file; write --kit FOLDER, and "
+            f"--runtime: {refused[0]} is not installed, or takes no {exported.suffix} file; use --kit FOLDER, and "
             "run its script in the runtime's own environment"
         )
     report, script = exported.with_name(f"{exported.name}.verify.json"), Path(check_program.__file__)
@@ -110,10 +110,10 @@ def verify(
 
 
 def name_fastest(medians: Mapping[str, Mapping[str, float]]) -> str:
-    """Return a line with the fastest runtime without a fault by batch size, and its lead over the next and the slowest.
+    """Return a line with the fastest runtime for each batch size, and its lead over the next and the slowest.
 
     Args:
-        medians: Runtime → its numbers.
+        medians: Runtime without a fault → name → number, as in :func:`measure_runtimes`.
     """
     comparisons = []
     for key in ("/s at 1", "/s at 16") if len(medians) > 1 else ():
@@ -121,11 +121,11 @@ def name_fastest(medians: Mapping[str, Mapping[str, float]]) -> str:
         compared = dict.fromkeys((slower[0], slower[-1]))
         factors = (f"{medians[fastest][key] / medians[name][key]:.2f} times as fast as {name}" for name in compared)
         comparisons.append(f"{key}: {fastest}, {' and '.join(factors)}")
-    return f"fastest runtime in range: {'; '.join(comparisons) or 'nothing to compare'}"
+    return f"fastest runtime within the limits: {'; '.join(comparisons) or 'nothing to compare'}"
 
 
 def read_samples(student: Backbone, source: str | None, maximum: int, takes_pixels: bool = False) -> Tensor:
-    """Return samples as a program takes them, from a folder or the run's retrieval data.
+    """Return at most ``maximum`` samples as a program takes them, from a folder or the run's retrieval data.
 
     Audio clips are cut to the shortest, (N, L). Images are normalized, (N, 3, S, S), or (N, S, S, 3) uint8.
 
@@ -153,10 +153,10 @@ def read_samples(student: Backbone, source: str | None, maximum: int, takes_pixe
 
 
 def measure_runtimes(script: Path, files: Mapping[str, Path]) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """Run the script for each runtime in a process of its own, in turns.
+    """Run the script ``ROUNDS`` times for each runtime, in turns, each time in a process of its own.
 
     Returns:
-        Runtime → name → median over rounds, empty if a round failed; and runtime → what is wrong, if anything is.
+        Runtime → name → median over rounds, empty if a round printed no numbers; and runtime → fault, if it has one.
     """
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in files}
     medians, faults, path = {}, {}, os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

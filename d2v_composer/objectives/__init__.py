@@ -16,7 +16,7 @@ OBJECTIVES: dict[str, type[Objective]] = {"tokens": LayerRegression, "embedding"
 
 
 def build_objectives(sections: Mapping[str, object], teacher: Teacher, student: Backbone) -> nn.ModuleDict:
-    """Build the objectives whose weight is not 0; a head gets random weights, or the student is given one to train.
+    """Build the objectives whose weight is not 0; some add a head of random weights, or an alignment to the student.
 
     Args:
         sections: Name → section of each objective, as in a YAML.
@@ -24,7 +24,7 @@ def build_objectives(sections: Mapping[str, object], teacher: Teacher, student: 
         student: The student.
 
     Raises:
-        InputError: An option's value is unknown, or does not fit the teacher.
+        InputError: An option is unknown, has an invalid value, or does not fit the teacher.
     """
     built = nn.ModuleDict()
     for name, section in sections.items():

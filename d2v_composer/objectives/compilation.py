@@ -39,8 +39,8 @@ def compile_model(model: "DistillationModel", choice: bool | str = True) -> None
 
     Args:
         model: The model, which is changed; its weights may still move to a GPU.
-        choice: A mode of torch.compile. With ``True``, a GPU runs encoder and targets as one CUDA graph, unless an
-            encoder has ALiBi.
+        choice: A mode of torch.compile, or ``True``: its default mode, in which a GPU runs encoder and targets as one
+            CUDA graph, unless an encoder has ALiBi.
     """
     mode = choice if isinstance(choice, str) else None
     compiling = importlib.import_module("torch._inductor.async_compile")
@@ -79,7 +79,7 @@ def compiled(
 
 
 def compiled_with_weights(frozen_pass: Callable[P, R], mode: str | None) -> Callable[P, R]:
-    """Compile a function without gradient together with its weights, which must not change afterwards."""
+    """Compile a function that needs no gradient, with its weights as constants: they must not change afterwards."""
     function = compiled(frozen_pass, mode)
 
     @functools.wraps(frozen_pass)
@@ -92,7 +92,7 @@ def compiled_with_weights(frozen_pass: Callable[P, R], mode: str | None) -> Call
 
 
 def captured(frozen_pass: Callable[P, R]) -> Callable[P, R]:
-    """Compile a function without gradient as a CUDA graph; if that is impossible, Inductor runs it as usual."""
+    """Compile a function that needs no gradient to a CUDA graph; if that is impossible, run it without one."""
     function = compiled(frozen_pass, options={"triton.cudagraphs": True})
 
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -115,7 +115,7 @@ def check_compiler(choice: bool | str) -> None:
     """Check that this machine has what torch.compile needs.
 
     Raises:
-        InputError: ``choice`` is to compile, and Python's headers or a C++ compiler are missing.
+        InputError: ``choice`` is not false, and Python's headers or a C++ compiler are missing.
     """
     missing, headers = list[str](), sysconfig.get_path("include")
     if not Path(headers, "Python.h").is_file():

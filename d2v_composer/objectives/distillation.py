@@ -30,25 +30,26 @@ EmbeddingT = TypeVar("EmbeddingT")
 
 
 def has_targets(batch: Batch) -> TypeGuard[Mapping[str, Tensor]]:
-    """Return True if a batch needs no teacher."""
+    """Return True if a batch has targets, so that the teacher need not run."""
     return isinstance(batch, Mapping) and "targets" in batch
 
 
 class DistillationModel(ComposerModel):
-    """Regress the teacher's targets with the student's prediction; an encoder that both have runs once per step.
+    """Regress the teacher's targets with the student's prediction; an encoder that they share runs once per step.
 
     The loss of the objective ``tokens`` is the mean of (prediction - target)² over inputs, tokens and channels. Target
     and prediction are ``norm_mean(F) = LayerNorm(mean_l InstanceNorm(F_l))``, with F_l the FFN output of block l: the
-    teacher's last K blocks for the target, the student's blocks for the prediction. InstanceNorm is over the tokens of
-    an image, LayerNorm over the channels of a token; both have no weights, eps 1e-5, and compute in float32.
+    teacher's last ``average_top_k_layers`` blocks for the target, the student's blocks for the prediction. InstanceNorm
+    is over the tokens of an input, LayerNorm over the channels of a token; both have no weights, eps 1e-5, and compute
+    in float32.
 
         Inputs ─ encoder ─┬─ teacher ─ Features ─ target ─────┐
                           │                                   ├─ loss · weight, summed over objectives
                           └─ student ─ Features ─ prediction ─┘
 
-    Parameters of the student on which no loss depends are frozen. Checkpoints leave out the teacher, and the
-    student's encoder if it is frozen. Loading verifies that they have all other tensors, even with ``strict=False``,
-    which Composer uses.
+    Parameters of the student on which no loss depends are frozen. Checkpoints leave out the teacher, and the student's
+    encoder and alignment if they are frozen. Loading verifies that a checkpoint has all other tensors, even with
+    ``strict=False``, which Composer uses.
 
     Source: the target is data2vec 2.0's (Baevski et al. 2022, arXiv:2212.07525, section 3; fairseq's ``make_targets``).
     Shared encoder and loss over all tokens are those of the thesis chapter *distilled unimodal data2vec 2.0*
@@ -61,22 +62,23 @@ class DistillationModel(ComposerModel):
     audio teacher it has ``audio``, (B, L) float, and, if clips are padded, ``lengths``, (B,) int64. Labels and other
     entries are not read.
 
-    With ``keeps_targets``, a batch may have ``targets``: the ``kept_targets`` of an earlier step with its images. Then
-    the teacher does not run.
+    With ``keeps_targets``, a batch may have ``targets``: the ``kept_targets`` of an earlier step with the same inputs.
+    Then the teacher does not run.
 
     Args:
         teacher: The frozen teacher.
         student: A student on the teacher's encoder, or on its own encoder with as many tokens.
-        objectives: Name → section of each objective, as in a YAML; default: only ``tokens``. Health measures the first
-            one.
+        objectives: Name → section of each objective, as in a YAML; default: only ``tokens``. The callback Health
+            measures the first.
         cpu_bf16: Compute in bfloat16 autocast on a CPU, where Composer's Trainer only accepts fp32.
-        keeps_targets: Return ``kept_targets``, and round all targets to float16, their precision, so that it makes no
-            difference which are kept.
+        keeps_targets: Return ``kept_targets``, which are float16, and round all other targets to float16, too, so that
+            kept and new targets are equal.
 
     Attributes:
-        flop: Numbers of operations in a step with one input; see :func:`~d2v_composer.models.encoder.count_flop`.
+        flop: Operator → number of its operations in a step with one input; see
+            :func:`~d2v_composer.models.encoder.count_flop`.
         teacher_flop: Number of operations that an input's kept targets save; 0 without ``keeps_targets``.
-        target_shapes: Objective → shape of an input's target, with ``keeps_targets``.
+        target_shapes: Objective → shape of an input's target; empty without ``keeps_targets``.
 
     Raises:
         ValueError: An option's value is unknown, or does not fit the teacher.
@@ -117,7 +119,7 @@ class DistillationModel(ComposerModel):
 
     @torch.no_grad()
     def _try_teacher(self) -> int:
-        """Take the targets' shapes from those of one input; return the number of operations that they cost."""
+        """Record the shapes of one input's targets, and return the number of operations that compute them."""
         encoder = self.teacher.encoder
         tokens = encoder(Inputs(encoder.example(1)))
         self.target_shapes = {name: target.shape[1:] for name, target in self.targets_of(tokens).items()}
@@ -155,7 +157,7 @@ class DistillationModel(ComposerModel):
         return Inputs(batch[self.student.encoder.config.modality], batch.get("lengths"))
 
     def split_targets(self, kept: Tensor) -> dict[str, Tensor]:
-        """Return the target of each objective, float32, from ``kept_targets``."""
+        """Return the target of each objective, float32, from ``kept_targets``, (B, W)."""
         parts = kept.float().split([shape.numel() for shape in self.target_shapes.values()], dim=1)
         shapes = self.target_shapes.items()
         return {name: part.unflatten(1, shape) for (name, shape), part in zip(shapes, parts, strict=True)}
@@ -205,5 +207,5 @@ class DistillationModel(ComposerModel):
         return round((flop - has_targets(batch) * self.teacher_flop) * len(inputs))
 
     def retrieval_baselines(self) -> dict[str, Callable[..., dict[str, Tensor]]]:
-        """Return name → function that embeds a batch, for the model to compare the student with: the teacher."""
+        """Return ``teacher`` → a function that embeds a batch with the teacher, to compare the student with."""
         return {"teacher": partial(self.compute, partial(self.teacher.embed_all, layer_mean=self.student.layer_mean))}

@@ -16,12 +16,12 @@ LEAST_LENGTH = 1e-3
 
 
 class EmbeddingRegression(Objective):
-    """Regress the embedding's direction with an alignment that trains, which the student gets; its length is free."""
+    """Regress the direction of the teacher's embedding through an alignment, which the student trains and keeps."""
 
     class Options(Term):
         weight: Weight = 0.0
         """Weight of this term in the loss: 1 minus the cosine similarity of the student's embedding to its teacher's. 0
-        leaves it out; the alignment is then fitted after training instead."""
+        leaves the term out; the alignment is then fitted after training instead."""
 
     def __init__(self, options: Options, teacher: Teacher, student: Backbone) -> None:
         super().__init__(options, teacher, student)
@@ -32,7 +32,7 @@ class EmbeddingRegression(Objective):
         return normalize(self.read_teacher(features))
 
     def regression(self, features: Features, target: Tensor) -> Regression:
-        """Return unit targets, and predictions that all have the length which fits best; the loss ignores length."""
+        """Return targets of length 1, and predictions of the one length that fits best; the loss ignores lengths."""
         prediction = normalize(self.read_student(features))
         length = (prediction * target).sum(dim=1).mean().clamp(min=LEAST_LENGTH)
         return Regression(length.detach() * prediction, target)

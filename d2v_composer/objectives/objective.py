@@ -18,23 +18,23 @@ Weight = Annotated[float, Field(ge=0)]
 
 
 class Term(BaseModel):
-    """Fields of an objective's section in a YAML. Runs that began before a field was added go on with its default."""
+    """Fields of an objective's section in a YAML. Runs that began before a field existed resume with its default."""
 
     model_config = STRICT
 
     weight: Weight = 0.0
-    """Weight of the term; 0: it is left out."""
+    """Weight of the term in the loss; 0 leaves the term out."""
 
 
 class Regression(NamedTuple):
-    """An objective's prediction and what it is compared with, float32."""
+    """An objective's prediction and its target."""
 
     prediction: Tensor
     """(B, T, D); (B, N, D) without the extra tokens; for an embedding, (B, D)."""
     target: Tensor
     """Same shape as ``prediction``, without gradient."""
     cls_prediction: Tensor | None = None
-    """(B, D), if CLS is regressed to the mean target instead of its own."""
+    """(B, D): the prediction for CLS, if it regresses the mean of the target over the tokens; else ``None``."""
     padding_mask: Tensor | None = None
     """(B, T) bool: true for tokens that the loss leaves out."""
 
@@ -45,8 +45,8 @@ class Outputs(NamedTuple):
     regressions: dict[str, Regression]
     """Name of each objective → its regression."""
     kept_targets: Tensor | None = None
-    """(B, W) float16: the targets of all objectives, side by side, with which a batch needs no teacher. ``None`` if the
-    batch had them, or if the model keeps none."""
+    """Targets of all objectives, flattened and side by side, (B, W) float16. A later batch with them needs no teacher.
+    ``None`` if the batch already had targets, or if the model keeps none."""
 
 
 class Objective(nn.Module, ABC):
@@ -81,7 +81,8 @@ class Objective(nn.Module, ABC):
     def target(self, features: Features) -> Tensor:
         """Compute the target of each input from the teacher's features, (B, …).
 
-        What depends on the other inputs of a batch belongs in :meth:`regression`, because targets may be kept.
+        Whatever depends on the other inputs of a batch belongs in :meth:`regression`: a target may be kept and used
+        with other inputs.
         """
 
     @abstractmethod

@@ -26,7 +26,7 @@ class LayerRegression(Objective):
 
     The head follows each of the student's layers; it is the identity if the student is as wide as the teacher. A
     student without blocks has a feature map of any size and a pooled feature instead, which a :class:`GridHead` maps to
-    the teacher's tokens. For such a student, registers are left out of target and statistics, because it has none.
+    the teacher's tokens. Such a student has no registers, so the target and its statistics leave the teacher's out.
 
     Raises:
         ValueError: An option does not fit the teacher.
@@ -91,7 +91,7 @@ class GridHead(nn.Module):
         self.cls = nn.Linear(encoder.num_pooled, teacher.embed_dim) if teacher.has_cls_token else None
 
     def forward(self, features: Features) -> Features:
-        """Return features with one layer, (B, T, D): CLS, if there is one, and the patches."""
+        """Return features with one layer, (B, T, D): CLS, if the teacher has it, and the patches."""
         grid, wanted = self.sizes
         x_BTD = self.patches(features.output)
         if grid != wanted:  # a linear layer of each cell and bilinear weights, which add up to 1, commute

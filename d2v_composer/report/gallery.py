@@ -1,4 +1,4 @@
-"""Show samples as pictures and sounds in a page that contains them."""
+"""Show samples in an HTML page that contains their pictures and sounds."""
 
 import base64
 import io
@@ -30,9 +30,10 @@ class Shown(NamedTuple):
     title: str
     """The line below the picture: ``query``, the model that found the sample, or its cosine with the query."""
     mark: str
-    """✓ if the sample is of the query's class, else ✗. Without labels, ✓ if both models find it. The query has none."""
+    """✓ if the sample has the query's class, else ✗; without labels, ✓ if both models find the sample, else empty. The
+    query's mark is empty."""
     label: str
-    """The class, or the sample's id."""
+    """The sample's class, its id, or empty."""
     picture: bytes
     """A PNG file."""
     sound: bytes
@@ -53,7 +54,7 @@ def render(template: str, **values: Any) -> str:
 def galleries(
     datasets: Mapping[str, EvaluationSet], results: Sequence[Result], unit: str
 ) -> Iterator[tuple[str, str, list[list[Shown]]]]:
-    """Yield a data set's name, and the note and the rows of its gallery.
+    """Yield the name of each data set in which the student's neighbors are known, and its gallery's note and rows.
 
     The queries are test samples, chosen by a fixed seed: every run shows the same ones.
     """
@@ -67,9 +68,9 @@ def galleries(
         if STUDENT in nearest:
             chosen = torch.randperm(len(labeled.test.labels), generator=torch.Generator().manual_seed(0))[:QUERIES]
             of, marks = (
-                ("train", "✓ of the query's class, ✗ of another")
+                ("train", "✓ has the query's class, ✗ another")
                 if labeled.has_labels
-                else ("other", "✓ found by both")
+                else ("other", "✓ is found by both")
             )
             beside = ", and in its teacher's" if TEACHER in nearest else ""
             about = f"A query, then the {of} {unit} that are nearest to it in the trained student's embedding{beside}"
@@ -115,8 +116,8 @@ def picture(sample: Tensor) -> bytes:
     """Return a picture of a sample as a PNG file.
 
     Args:
-        sample: A square image, (3, side, side) uint8, or a clip, (L,), of which a square log-mel spectrogram is drawn,
-            high pitches on top.
+        sample: A square image, (3, side, side) uint8, or a clip, (L,), whose first 10 seconds are drawn as a square
+            log-mel spectrogram, high pitches on top.
     """
     if sample.ndim == 3:
         if sample.shape[1] > SHOWN_SIZE:
@@ -132,5 +133,5 @@ def picture(sample: Tensor) -> bytes:
 
 
 def sound(sample: Tensor) -> bytes:
-    """Return a clip, (L,), as a FLAC file; for an image, no bytes."""
+    """Return the first 10 seconds of a clip, (L,), as a FLAC file; for an image, no bytes."""
     return encode_flac(sample[:HEARD].numpy()) if sample.ndim == 1 else b""

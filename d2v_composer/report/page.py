@@ -50,6 +50,6 @@ def write_report(run: Run, folder: Path) -> list[Path]:
 
 
 def cost_tables(run: Run) -> Iterator[tuple[str, list[list[str]]]]:
-    """Yield the title and the lines of a distillation's table of sizes."""
+    """Yield the title and the lines of the table of sizes and computation, if the run recorded them."""
     if costs := run.record.get("costs"):
         yield "Size and computation of what d2v export writes", cost_table(costs, run.modality.cost_unit)

@@ -1,4 +1,4 @@
-"""Plot a run as matplotlib figures."""
+"""Plot runs and evaluations as matplotlib figures."""
 
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -50,7 +50,7 @@ CURVES = {
 
 
 Line = tuple[Mapping[int, float] | float, dict[str, Any]]
-"""Step → value, or the height of a horizontal line; and matplotlib's options."""
+"""Step → value, or the height of a horizontal line; and matplotlib's options for the line."""
 
 
 def curves(run: Run) -> Iterator[tuple[str, Figure]]:
@@ -99,7 +99,7 @@ def gap_plot(title: str, lines: Mapping[str, Line]) -> Figure:
 
 
 def _accuracies(run: Run, dataset: str, columns: Sequence[Column]) -> dict[str, Line]:
-    """Return label → line: a curve of a row that changes in training, a level of any other row.
+    """Return label → line: a curve for a row that changes in training, a horizontal line for any other row.
 
     Each row has a color, each column a line style.
     """
@@ -121,7 +121,7 @@ def quality_over_speed(evaluation: Evaluation, batch_size: int, unit: str) -> Fi
     Args:
         evaluation: The results; models whose speed was not measured are left out.
         batch_size: The batch size of the speed.
-        unit: Name of the samples, in plural.
+        unit: Name of the samples, in the plural.
     """
     datasets, speeds = [*evaluation.datasets], evaluation.speeds[batch_size]
     figure = Figure(figsize=(8, 5 * len(datasets)))
@@ -164,12 +164,12 @@ def to_png(figure: Figure) -> bytes:
 
 @mpl.rc_context(STYLE)
 def plot(title: str, scale: str, lines: Mapping[str, Line], limits: tuple[float, float] | None = None) -> Figure:
-    """Plot lines over the batches, each labeled where it ends; long lines get a running mean.
+    """Plot lines over the batches; several lines are labeled where they end, and long lines get a running mean.
 
     Args:
         title: Title of the plot.
-        scale: "%" for shares, "log", or "".
-        lines: Label → line.
+        scale: "%": the axis is in %; "log": it is logarithmic, if all values are positive; "": neither.
+        lines: Label → :data:`Line`.
         limits: The lowest and the highest value that the plot may show; default: all values.
     """
     figure = Figure(figsize=(WIDTH, HEIGHT))
@@ -205,8 +205,8 @@ def label_ends(axes: Axes, ends: Iterable[tuple[float, str, Any]]) -> None:
 
     Args:
         axes: The axes, with their limits.
-        ends: Height of each line's end, in the units of the axis, its label and its color, in which a line leads to the
-            label. The text is black, because pale colors are hard to read.
+        ends: For each line, the height of its end in the axis's units, its label and its color. A pointer of this color
+            leads to the label; the text is black, because pale colors are hard to read.
     """
     axes.get_ylim()  # matplotlib chooses the limits only when they are asked for
     to_share = axes.transData + axes.transAxes.inverted()

@@ -1,4 +1,4 @@
-"""Read a run's folder, and answer whether its student is worth it: what it keeps of its teacher, and what it costs."""
+"""Read a run's folder, and judge the student: how much of the teacher gap it closes, and what to do next."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,7 +34,7 @@ ENOUGH, RISING = 0.9, 0.02
 
 
 class Run(NamedTuple):
-    """Contents of a report."""
+    """What a report is made from."""
 
     record: Mapping[str, Any]
     """The sections of run.yaml: config, command, versions, hardware, data, and teacher or model."""
@@ -46,12 +46,12 @@ class Run(NamedTuple):
 
     @property
     def modality(self) -> Modality:
-        """The modality of the samples, with images of a gallery's size."""
+        """The modality of the samples; images have the size of those in a gallery."""
         return MODALITIES[self.record["data"]["modality"]].of_side(SHOWN_SIZE)
 
     @property
     def retrieval(self) -> Mapping[str, Any]:
-        """The section ``retrieval`` of the config; in a run with labels, it has no data sets."""
+        """The section ``retrieval`` of the config; fine-tuning and detection have none, and so no data sets."""
         config = self.record["config"]
         return {"datasets": {}, "max_images": None} if "dataset" in config else config["retrieval"]
 
@@ -98,7 +98,7 @@ def verdicts(run: Run) -> Iterator[str]:
     """Yield the verdict on each data set on which the untrained student, the student and its teacher were measured.
 
     The verdict has two sentences: what the student finds, beside its teacher; and what to do next. It is about
-    retrieval or, without labels, about the neighbor agreement with the teacher. Each number is one of the table's.
+    retrieval or, without labels, about the neighbor agreement with the teacher. Each number is also in the table.
     """
     for dataset in run.retrieval["datasets"]:
         for column, cells in pivot(run.results, dataset).items():
@@ -118,12 +118,12 @@ def _found(column: Column, cells: Mapping[str, Result], gap: GapClosed, unit: st
         said = f"the student scores {shown[STUDENT]}, and its teacher {shown[TEACHER]} ({column.heading})"
     if gap.interval is not None:
         way = f"of the way from the untrained student's {shown[UNTRAINED]} to the teacher"
-        return f"{said}, {percent(gap.interval, 0)} % {way}."
+        return f"{said}; that is {percent(gap.interval, 0)} % {way}."
     if not gap.queries_needed:
         return f"{said}; the teacher is no better than the untrained student, {shown[UNTRAINED]}."
-    few = f"{len(cells[STUDENT].hits):,} {unit} are too few to tell how much of the gap"
+    few = f"{len(cells[STUDENT].hits):,} {unit} are too few to tell how far training moves the student"
     enough = f"{gap.queries_needed:,} or more would do"
-    return f"{said}; {few} from the untrained student's {shown[UNTRAINED]} training closes ({enough})."
+    return f"{said}; {few} from the untrained student's {shown[UNTRAINED]} toward the teacher ({enough})."
 
 
 def _next(run: Run, dataset: str, column: Column, cells: Mapping[str, Result], gap: GapClosed) -> str:

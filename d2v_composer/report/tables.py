@@ -35,7 +35,7 @@ def accuracy_tables(results: Sequence[Result], datasets: Iterable[str]) -> Itera
     """Yield each table's title, with the embedding's name, and its lines: a head, then the rows.
 
     Cells are in %, with 95 % intervals. If a column has a teacher gap closed, the last row has it. A row of another
-    embedding names it.
+    embedding than the title's names its own.
     """
     batch = last_batch(results)
     for dataset in datasets:
@@ -67,7 +67,7 @@ def format_tables(results: Sequence[Result], datasets: Iterable[str]) -> str:
 
 
 def evaluation_tables(evaluation: Evaluation, unit: str) -> str:
-    """Return tables of accuracies with intervals, the teacher gap closed, and each model's size and GFLOP.
+    """Return tables of accuracies with intervals, the teacher gap closed, and each model's size, GFLOP and speed.
 
     Args:
         evaluation: The results.
@@ -81,7 +81,7 @@ def evaluation_tables(evaluation: Evaluation, unit: str) -> str:
 def cost_table(
     costs: Mapping[str, Mapping[str, float]], unit: str, speeds: Mapping[int, Mapping[str, float]] = {}
 ) -> list[list[str]]:
-    """Return the head and the rows of a table of each model's size, GFLOP and, by batch size, samples per second."""
+    """Return the head and the rows of a table of each model's size, GFLOP and, by batch size, ``unit`` per second."""
     head = ["", "M parameters", "MB in float32", f"GFLOP/{unit}", *(f"{unit}s/s, batch {size}" for size in speeds)]
     rows = []
     for name, cost in costs.items():
@@ -92,7 +92,7 @@ def cost_table(
 
 
 def percent(interval: Interval, decimals: int = 1) -> str:
-    """Return an interval in %."""
+    """Format an interval in %, such as 50.0 [48.1, 52.3]."""
     value, low, high = (f"{100 * share:.{decimals}f}" for share in interval)
     return f"{value} [{low}, {high}]"
 
@@ -100,12 +100,12 @@ def percent(interval: Interval, decimals: int = 1) -> str:
 def study_table(logs: Mapping[str, Log]) -> str:
     """Return a table of each run's top-1 on ``DATASET`` in %, bank train / test, and its teacher gap closed.
 
-    The gap closed is the mean of both banks. The untrained student and the teacher are the first run's; if a run
+    The gap closed is the mean over both banks. The untrained student and the teacher are the first run's; if a run
     measured its own, they stand below its line. ``loss`` is the mean of the last 100 batches, ``s`` the seconds of
     training without evaluations.
 
     Args:
-        logs: Name → log; embeddings that the first run lacks are not shown.
+        logs: Run → log; embeddings that the first run lacks are not shown.
     """
     first = next(iter(logs.values()))
     names = [name for name in (*RAW_EMBEDDINGS, EMBEDDING) if _top1(first, name) != "–"]
@@ -128,7 +128,7 @@ def study_table(logs: Mapping[str, Log]) -> str:
 
 
 def _top1(log: Log, embedding: str, row: str = STUDENT, step: int | None = None) -> str:
-    """Return top-1 in % with each bank, at a given step or the last one."""
+    """Return the top-1 accuracy in % with each bank, at a step, by default the last; or a dash if the log has none."""
     values = [log.get(metric_key(DATASET, retrieval_from(bank, 1), embedding, row), {}) for bank in BANKS]
     steps = [max(curve, default=0) if step is None else step for curve in values]
     return " / ".join(f"{100 * curve[at]:.1f}" for curve, at in zip(values, steps, strict=True) if at in curve) or "–"

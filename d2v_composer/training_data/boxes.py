@@ -19,12 +19,12 @@ from d2v_composer.training_data.sampler import EpochOrder, OrderedSamples, Sampl
 class BoxedSamples(OrderedSamples):
     """Images with boxes, all of one size: enlarged or shrunk to fit, with a black margin at the right or the bottom.
 
-    A sample is (image, (3, height, width) uint8; boxes, (M, 4) float32: left, top, right, bottom; classes, (M,) int64;
-    crowds, (M,) bool).
+    A sample is (image, (3, height, width) uint8; boxes, (M, 4) float32: left, top, right, bottom, in pixels;
+    classes, (M,) int64; crowds, (M,) bool).
 
     Args:
         source: The images.
-        size: Height and width.
+        size: Height and width, in pixels.
         interpolation: Pillow's filter: bicubic or bilinear.
         flip: Probability of a horizontal flip.
         seed: Seed of the flips and of the order; a flip depends on it, the epoch and the image alone.
@@ -47,7 +47,7 @@ class BoxedSamples(OrderedSamples):
         return len(self.source)
 
     def __getitem__(self, sample: Sample | int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return a sample: an epoch's, or the image of a number as it is.
+        """Return a sample: given a request, perhaps flipped; given a number, never.
 
         Raises:
             InputError: The image cannot be decoded, or does not have the size in the annotations.
@@ -59,7 +59,7 @@ class BoxedSamples(OrderedSamples):
         image, (width, height) = read_image(stored, str(path)), source.sizes[number].tolist()
         if image.size != (width, height):
             found = "{} x {}".format(*image.size)
-            raise InputError(f"{path}: its annotations are of {width} x {height} pixels, but it has {found}")
+            raise InputError(f"{path}: its annotations are for {width} x {height} pixels, but it has {found}")
         scale = min(self.size[0] / height, self.size[1] / width)
         shape = max(1, round(scale * height)), max(1, round(scale * width))
         pixels = resized_crop(image, shape, self.interpolation)
@@ -73,6 +73,6 @@ class BoxedSamples(OrderedSamples):
 
 
 def collate_boxes(samples: Sequence[Iterable[Any]]) -> tuple[Tensor, ...]:
-    """Return a batch: images, boxes, classes and crowds; images with fewer boxes have boxes of class 0."""
+    """Return a batch: images, boxes, classes and crowds; images with fewer boxes are padded with boxes of class 0."""
     images, *rest = zip(*samples, strict=True)
     return torch.stack(images), *(pad_sequence(list(values), batch_first=True) for values in rest)

@@ -78,14 +78,14 @@ def build_train_loader(
     Clips are padded to the longest in a rank's batch or, for a compiled model, to one of a few sizes.
 
     An epoch has only whole global batches, so that its batches are the same on any number of ranks. A few samples are
-    left over, with ``shuffle`` others in each epoch, or for each fixed view.
+    left out: with ``shuffle``, other ones in each epoch or for each fixed view.
 
     Args:
         config: Config of the run.
         loader: The section ``train_loader``.
         index: The samples.
-        num_classes: Number of classes of labels.
-        is_compiled: True if each size of a batch is compiled.
+        num_classes: Number of classes, if the index has labels.
+        is_compiled: True if the model is compiled, which takes a graph for each length of clips.
         collate: Function that makes a batch of images; default: torch's.
         extra_bytes: Bytes that ``collate`` adds to each image.
 

@@ -34,7 +34,7 @@ class Sample(NamedTuple):
     """Number of the augmentation: the epoch or, with K fixed views, epoch mod K."""
     sample_id: int
     ahead: tuple[int, ...]
-    """Shards that will be needed soon."""
+    """Numbers of the shards that will be needed soon."""
 
 
 class EpochOrder(DistributedSampler[Sample]):
@@ -44,9 +44,10 @@ class EpochOrder(DistributedSampler[Sample]):
     of all ranks together are the same for any number of nodes and ranks. The order is drawn in the main process, and
     workers have no state: any number of workers, even if a resume changes it, reads the same batches.
 
-    With ``lengths``, samples of similar length come together: each canonical node's order is cut into windows of about
-    ``shuffle_block_size`` samples of all nodes. Within a window, a node's samples are sorted by length and cut into its
-    parts of the global batches. Parts at the same position form a batch, and the window's batches are shuffled.
+    With ``lengths``, samples of similar length come together: each canonical node's order is cut into windows, of about
+    ``shuffle_block_size`` samples on all nodes together. Within a window, a node's samples are sorted by length and cut
+    into its parts of the global batches. Parts at the same position form a batch, and the window's batches are
+    shuffled.
 
     Args:
         shard_sizes: Number of samples in each shard, (S,).
@@ -56,12 +57,12 @@ class EpochOrder(DistributedSampler[Sample]):
             at a time.
         num_canonical_nodes: Number of equal parts into which the order is cut. If it is a multiple of the number of
             nodes, each node needs only its own shards.
-        epoch_size: Number of samples in an epoch, chosen anew for each epoch; default: all, which is also the most,
-            since Streaming would repeat samples. Must be divisible by ``num_canonical_nodes``.
+        epoch_size: Number of samples in an epoch; with ``shuffle``, other ones in each epoch or view. The default, all,
+            is also the most, since Streaming would repeat samples. Must be divisible by ``num_canonical_nodes``.
         views: Number K of fixed views of each sample: each epoch has the samples and views of the K-th epoch before it,
             in a new order. ``None``: new views in each epoch.
-        lengths: Length of each sample in a batch, (N,); ``None`` if all have one size.
-        global_batch_size: Batch size of all ranks together, for ``lengths``.
+        lengths: Length of each sample in a batch, before padding, (N,); ``None`` if all have one size.
+        global_batch_size: Batch size of all ranks together; used only with ``lengths``.
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class EpochOrder(DistributedSampler[Sample]):
         return np.concatenate(windows, axis=1).reshape(len(order), -1)
 
     def resume(self, epoch: int, sample_in_epoch: int) -> None:
-        """Start after this many samples of an epoch, counted over all ranks."""
+        """Start the next iteration after this many samples of an epoch, counted over all ranks."""
         # Not self.epoch, which Composer sets.
         self.current_epoch, self._first_sample, self._is_begun = epoch, sample_in_epoch, False
 

@@ -121,8 +121,8 @@ def test_options_change_the_embeddings(photos: Path, tmp_path: Path) -> None:
 
 
 def test_names_that_are_not_text_are_no_ids_of_parquet(tmp_path: Path) -> None:
-    source, said = write_images(tmp_path / "photos", ["caf\udce9.jpg"]), r"^'caf\\udce9\.jpg' is not UTF-8, as Parquet"
-    with pytest.raises(InputError, match=rf"{said} needs; rename it, or write NAME"):
+    source, said = write_images(tmp_path / "photos", ["caf\udce9.jpg"]), r"^'caf\\udce9\.jpg' is not UTF-8, which"
+    with pytest.raises(InputError, match=rf"{said} Parquet needs; rename it, or write NAME"):
         embed(TEACHER, source, tmp_path / "photos.parquet")
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
     embed(TEACHER, source, tmp_path / "photos.npy")

@@ -73,7 +73,7 @@ def test_a_student_with_labels(curve: tuple[float, ...], model: str | None, advi
     run = run_of(TOP1, 0.6, *curve, model=model)
     assert closed(run).startswith(f"{100 * (curve[-1] - 0.2) / 0.4:.0f} [")
     shown, from_untrained = scores("bank train top-1", 20, 100 * curve[-1], 60)
-    expected = [f"{shown}, {closed(run)} % of the way from {from_untrained} to the teacher. {advice}"]
+    expected = [f"{shown}; that is {closed(run)} % of the way from {from_untrained} to the teacher. {advice}"]
     assert [*verdicts(run)] == expected
     # An interrupted run logged more, after its checkpoint.
     assert [*verdicts(run._replace(log={key: {**values, 900: 0.9} for key, values in run.log.items()}))] == expected
@@ -82,8 +82,8 @@ def test_a_student_with_labels(curve: tuple[float, ...], model: str | None, advi
 def test_a_student_without_labels() -> None:
     run = run_of(AGREEMENT, 1.0, 0.2, 0.5, 0.56)
     shown, from_untrained = scores("neighbor agreement", 20, 56, 100)
-    way = f"{closed(run)} % of the way from {from_untrained} to the teacher"
-    assert [*verdicts(run)] == [f"{shown}, {way}. Train it longer: the curve still rises."]
+    way = f"that is {closed(run)} % of the way from {from_untrained} to the teacher"
+    assert [*verdicts(run)] == [f"{shown}; {way}. Train it longer: the curve still rises."]
 
 
 def test_a_student_in_its_teachers_index() -> None:
@@ -97,7 +97,8 @@ def test_a_student_in_its_teachers_index() -> None:
     assert rows == ["untrained student", "student", in_index.row, "teacher", "teacher gap closed"]
     assert said.startswith(
         "On set, the student scores 50.0 % in its teacher's index, where the teacher scores 60.0 % (bank train top-1); "
-        f"in an index of its own it scores 40.0 %, {closed(run)} % of the way from the untrained student's 20.0 % to "
+        f"in an index of its own it scores 40.0 %; that is {closed(run)} % of the way from the untrained student's "
+        "20.0 % to "
     )
     numbers = {number for _, cell in lines for number in re.findall(r"-?\d+\.\d", cell)}
     assert {*re.findall(r"-?\d+\.\d", said)} <= numbers

@@ -126,7 +126,7 @@ def test_the_page_and_its_plots_show_the_log(accurate: Run, tmp_path: Path) -> N
     page = (tmp_path / "report.html").read_text()
     verdict = (
         "On squares, the student scores 40.0 %, and its teacher 60.0 %",
-        ", 50 [",
+        "that is 50 [",
         "untrained student&#39;s 20.0 %",
     )
     for shown in (*verdict, "<td>20.0 [", "teacher gap closed"):

@@ -286,15 +286,15 @@ def with_nan(rows: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda ids, rows: (np.char.add("cats/", ids), rows), r"has no row for a sample of .*'cats/000.jpg#?0?'"),
+        (lambda ids, rows: (np.char.add("cats/", ids), rows), r"has no row for any sample of .*'cats/000.jpg#?0?'"),
         (
             lambda ids, rows: (ids[:23], rows[:23]),
-            r"expected at least 24 pairs \(half the width of the embeddings, or 20 if more\), got 23",
+            r"expected at least 24 readable samples with an embedding .* \(half its width, or 20 if more\), got 23",
         ),
-        (lambda ids, rows: (ids, with_nan(rows)), r"the row of 007.jpg\S* has numbers that are not finite"),
+        (lambda ids, rows: (ids, with_nan(rows)), r"the row of 007.jpg\S*: expected finite numbers"),
         (lambda ids, rows: (ids, rows[:-1]), r"old\.ids\.npy cannot be read: expected one id for each of the 119 rows"),
         (lambda ids, rows: (ids, rows[:1].repeat(120, 0)), "that differ, got 120 pairs that are alike"),
-        (lambda ids, rows: (ids, np.roll(rows, 50, 0)), r"either the ids do not belong to these rows, in this order"),
+        (lambda ids, rows: (ids, np.roll(rows, 50, 0)), r"either the index gives the samples' ids to other rows"),
     ],
 )
 def test_an_index_that_does_not_fit_is_refused(
@@ -328,7 +328,7 @@ def test_the_fewest_pairs_make_a_map_and_fewer_readable_samples_none(
     photos = write_files(tmp_path / "photos", {f"{number:03}.jpg": encoded_image(number) for number in range(24)})
     run_align(exported, photos, tmp_path / "out.safetensors", "--index", embedded)
     (photos / "007.jpg").write_bytes(b"")
-    with pytest.raises(InputError, match=r"expected at least 24 pairs .*, got 23"):
+    with pytest.raises(InputError, match=r"expected at least 24 readable samples .*, got 23"):
         run_align(exported, photos, tmp_path / "again.safetensors", "--to", TEACHER_FILE)
 
 

@@ -181,6 +181,6 @@ def test_a_broken_or_missing_json_file_is_a_line(tmp_path: Path) -> None:
 def test_an_image_of_another_size_is_refused(tmp_path: Path) -> None:
     """Its boxes would be elsewhere: an image that a program has turned or shrunk since."""
     samples = BoxedSamples(read(write(tmp_path, content(), (48, 64)), with_crowds=False), (64, 64), "bicubic")
-    line = r"a\.jpg: its annotations are of 64 x 48 pixels, but it has 48 x 64$"
+    line = r"a\.jpg: its annotations are for 64 x 48 pixels, but it has 48 x 64$"
     with pytest.raises(InputError, match=line):
         samples[0]
