@@ -15,6 +15,7 @@ from d2v_composer.evaluation.settings import Settings
 from d2v_composer.models.alignment import EmbeddingInfo
 from d2v_composer.models.names import EMBEDDING
 from d2v_composer.sources.labeled import EvaluationSet
+from d2v_composer.system.errors import RunError
 from d2v_composer.system.progress import progress_bar
 
 Embed = Callable[..., Tensor | dict[str, Tensor]]
@@ -48,6 +49,9 @@ def embed_set(
 
     Returns:
         Name of a model → embeddings: all or, as the settings say, the headline and ``embedding``.
+
+    Raises:
+        RunError: An embedding is not finite.
     """
     parts = ({"train": labeled.train} if labeled.has_labels else {}) | {"test": labeled.test}
     parts |= dict.fromkeys(VIEWS, labeled.test) if settings.needs(labeled, "views") else {}
@@ -74,7 +78,9 @@ def embed_set(
                         continue
                     if name not in of_part:
                         of_part[name] = torch.empty(len(mine), vectors.shape[1])
-                    of_part[name][places] = vectors.float().cpu()
+                    of_part[name][places] = rows = vectors.float().cpu()
+                    if not rows.isfinite().all():  # they would be nearest to anything
+                        raise RunError(f"{dataset}, {part}: embeddings by {model} are not finite")
     return embedded
 
 

@@ -20,6 +20,7 @@ from d2v_composer.evaluation.measurement import measure
 from d2v_composer.evaluation.rows import rows_of
 from d2v_composer.evaluation.settings import Settings
 from d2v_composer.sources.labeled import EvaluationSet, LabeledSamples
+from d2v_composer.system.errors import RunError
 
 
 class Embedded(NamedTuple):
@@ -88,6 +89,21 @@ def test_degenerate_embeddings_are_classified_all_the_same() -> None:
     assert linear_probe_accuracy(torch.ones(40, 6), *data[1:]) == 0.25
     assert linear_probe_accuracy(data.train, torch.zeros(40).long(), *data[2:]) == 0.25
     assert linear_probe_accuracy(data.train[:1], data.train_labels[:1], *data[2:]) == 0.25
+
+
+def test_embeddings_that_are_not_finite_are_not_measured() -> None:
+    """Overflowed in half precision, or by large weights, they would have an accuracy like any others."""
+    data = blobs(40, 6)
+    labeled = EvaluationSet(LabeledSamples(data.train, data.train_labels), LabeledSamples(data.test, data.test_labels))
+    settings = Settings("a", (1,), (), augment=None, batch_size=1000)
+    for value in (torch.nan, torch.inf):
+        with pytest.raises(RunError, match=r"^set, train: embeddings by student are not finite$"):
+            embed_set(
+                {"student": lambda x, value=value: {"a": x.index_fill(0, torch.tensor(3), value)}},
+                "set",
+                labeled,
+                settings,
+            )
 
 
 def test_doubts_a_fit_that_has_not_converged_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
