@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -76,8 +76,7 @@ class IndexRecord(TypedDict):
     """SOURCE of ``d2v embed``, to which the ids belong, with an absolute path."""
     column: str | None
     """``--column`` of that ``d2v embed``."""
-    modality: str
-    """``image`` or ``audio``."""
+    modality: Literal["image", "audio"]
 
 
 class Embedded(NamedTuple):

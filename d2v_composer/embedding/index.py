@@ -4,12 +4,14 @@ Shapes: N rows of the index, P channels.
 """
 
 import json
+from inspect import signature
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
+from d2v_composer.config.reference import ModelReference
 from d2v_composer.embedding.embed_source import INDEX_KEY, IndexRecord, about_file, ids_file
 from d2v_composer.sources import listed
 from d2v_composer.system.errors import reading
@@ -75,4 +77,6 @@ def read_index(path: str) -> VectorIndex:
     with reading(about):
         # Not validate_json, because the name of the folder of samples may be no UTF-8.
         made_by = None if stored is None else TypeAdapter(IndexRecord).validate_python(json.loads(stored))
+        if made_by is not None:
+            signature(ModelReference).bind(**made_by["reference"])  # the names alone, for the same reason
     return VectorIndex(ids, rows, made_by)

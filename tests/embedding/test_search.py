@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -227,15 +228,21 @@ def test_rows_that_cannot_be_compared(tmp_path: Path, rows: NDArray, message: st
         ),
         ("photos.ids.npy", np.full(14, b"\xff"), r"photos\.ids\.npy cannot be read: 'ascii' codec can't decode"),
         ("photos.model.json", b"{}", r"photos\.model\.json cannot be read"),
+        ("photos.model.json", {"reference": {}}, r"photos\.model\.json cannot be read: missing .* 'model'"),
+        ("photos.model.json", {"reference": {"model": "", "made": ""}}, r"cannot be read: got .* argument 'made'"),
+        ("photos.model.json", {"modality": "video"}, r"photos\.model\.json cannot be read: 1 validation error"),
     ],
-    ids=["no ids", "a column of ids", "bytes", "no model"],
+    ids=["no ids", "a column of ids", "bytes", "no record", "no model", "another program's", "no modality of ours"],
 )
 def test_the_damaged_file_beside_an_index_is_named(
-    indexes: Path, tmp_path: Path, name: str, contents: NDArray | bytes | None, message: str
+    indexes: Path, tmp_path: Path, name: str, contents: NDArray | bytes | dict[str, Any] | None, message: str
 ) -> None:
     for file in indexes.glob("photos.*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
+    before = (tmp_path / name).read_bytes()
     (tmp_path / name).unlink()
+    if isinstance(contents, dict):
+        contents = json.dumps(json.loads(before) | contents).encode()
     if isinstance(contents, bytes):
         (tmp_path / name).write_bytes(contents)
     elif contents is not None:
