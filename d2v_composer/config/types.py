@@ -131,7 +131,7 @@ IS_TEACHER = must(
     f"be {DATA2VEC2}, timm/NAME or ext/NAME",
     lambda name: name == DATA2VEC2 or name.startswith((TIMM_PREFIX, PACKAGE_PREFIX)),
 )
-IS_PRINTABLE = must("be printable characters", lambda text: bool(text) and text.isprintable())
+IS_PRINTABLE = must("be printable characters, at least one", lambda text: bool(text) and text.isprintable())
 Text = Annotated[str, IS_PRINTABLE]
 PathText = Annotated[Text, AfterValidator(expanduser)]
 AddressText = Annotated[PathText, checked(Address.parse)]

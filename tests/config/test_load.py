@@ -107,7 +107,7 @@ SLIPS = {
     "retrieval.baselines=[student]": "retrieval.baselines[0]: must be 'pixels', 'log_mel', 'encoder' or 'teacher', got",
     "save_folder=ftp://x/y": "save_folder: expected a folder or an address in one of s3, gs, oci, azure, dbfs",
     "save_folder=runs/{rank}": "save_folder: expected letters, digits, inner spaces, ./@%=+,~-_ and no leading //",
-    "save_folder=''": "save_folder: must be printable characters, got ''",
+    "save_folder=''": "save_folder: must be printable characters, at least one, got ''",
     "run_name=a/b": "run_name: ",
     "student.depth=[1,2": "'student.depth=[1,2': expected dotted.key=value, with the value as in a YAML: ",
 }
