@@ -125,6 +125,11 @@ def wait_until(holds: Callable[[], Any], seconds: float = 20) -> None:
             time.sleep(0.005)
 
 
+def slow(*values: Any) -> Any:
+    """Mark one case of a parametrized test as slow."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def small_run(folder: Path, data: Path, *overrides: str) -> list[str]:
     """Return the arguments of a tiny run: tests/golden's teacher, 14 batches, 7 checkpoints, no retrieval."""
     return [

@@ -17,6 +17,7 @@ from d2v_composer.commands import benchmark
 from d2v_composer.models.configs import RELEASED
 from d2v_composer.system.errors import InputError
 from gated_store import GatedStore
+from helpers import slow
 
 
 def run(tmp_path: Path, *arguments: str) -> tuple[dict[str, float], dict[str, Any]]:
@@ -57,7 +58,7 @@ def small_audio(monkeypatch: pytest.MonkeyPatch) -> str:
     [
         ("quickstart", ["--no-compile"]),
         ("base_audio", ["--no-compile"]),
-        pytest.param("quickstart", [], marks=pytest.mark.slow),
+        slow("quickstart", []),
     ],
 )
 @pytest.mark.usefixtures("one_thread", "small_audio")

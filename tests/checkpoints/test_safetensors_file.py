@@ -26,7 +26,7 @@ from d2v_composer.models.backbone import Backbone, Transformer
 from d2v_composer.models.configs import height_and_width
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.errors import InputError
-from helpers import GOLDEN, refused_by
+from helpers import GOLDEN, refused_by, slow
 from steps import random_images
 
 
@@ -279,7 +279,7 @@ def outcome(load: Callable[[Path], Any], path: Path, expected: Tensor) -> str:
 
 
 # Of 17 alterations of each size; one in five has all of them, and all sizes.
-@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [5, slow(1)])
 @pytest.mark.parametrize("load", [load_teacher, load_student, timm_model])
 def test_altered_sizes_are_refused(load: Callable[[Path], Any], step: int, converted: Path, exported: Path) -> None:
     source = converted if load is load_teacher else exported

@@ -28,7 +28,7 @@ from d2v_composer.models.images import ImageEncoder
 from d2v_composer.models.names import EMBEDDING, Pooling
 from d2v_composer.models.student import Student, StudentConfig
 from d2v_composer.system.errors import InputError, RunError
-from helpers import GOLDEN
+from helpers import GOLDEN, slow
 
 TOLERANCE = 1e-5
 
@@ -206,7 +206,7 @@ def test_unsupported_files_and_options_are_refused(exported: Path, tmp_path: Pat
     assert create("d2v2_student", checkpoint_path=str(without_cls)).pooled == ["output_mean"]
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", pytest.param("pt2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("suffix", ["safetensors", slow("pt2")])
 def test_the_file_is_whole_or_as_before(exported: Path, tmp_path: Path, suffix: str) -> None:
     """It replaces another only if asked, and a full disk leaves nothing."""
     out = tmp_path / f"student.{suffix}"

@@ -10,15 +10,16 @@ from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.commands import random_teacher
 from d2v_composer.models.configs import RELEASED
 from d2v_composer.system.errors import InputError
+from helpers import slow
 
 
 @pytest.mark.parametrize(
     "size",
     [
         "small",
-        "small_audio",
+        slow("small_audio"),
         "timm/vit_tiny_patch16_224",
-        pytest.param("timm/vit_small_patch14_dinov2", marks=pytest.mark.slow),
+        slow("timm/vit_small_patch14_dinov2"),
     ],
 )
 def test_it_loads_and_its_targets_differ_between_images(

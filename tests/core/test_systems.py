@@ -87,6 +87,7 @@ def written(folder: Path) -> dict[str, bytes]:
     return files | {"results": repr(results).encode()}
 
 
+@pytest.mark.slow
 def test_the_commands_compute_what_the_models_do(here: Path) -> None:
     embeddings, teacher = np.load(here / "photos.npy"), load_teacher(GOLDEN / "tiny_base.pt")
     assert embeddings.shape == (10, teacher.embed_dim)

@@ -21,7 +21,7 @@ from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import SAMPLE_RATE, height_and_width
 from d2v_composer.models.student import Student
 from d2v_composer.system.errors import InputError
-from helpers import GOLDEN
+from helpers import GOLDEN, slow
 from small_students import random_student, student_with_program
 from steps import random_images
 
@@ -39,7 +39,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return student_with_program(tmp_path_factory)
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("narrow", "exported", "audio_options")]
+SLOW = [slow(name) for name in ("narrow", "exported", "audio_options")]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def load(path: Path) -> tuple[Any, dict[str, str]]:
 
 @pytest.mark.parametrize(
     "suffix",
-    ["pt2", pytest.param("onnx", marks=pytest.mark.slow)],  # by default, test_verify.py compares an .onnx file
+    ["pt2", slow("onnx")],  # by default, test_verify.py compares an .onnx file
 )
 def test_a_program_computes_the_students_embedding(student: Path, tmp_path: Path, suffix: str) -> None:
     path, loaded = tmp_path / f"student.{suffix}", load_student(student)

@@ -16,7 +16,7 @@ from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.timm_network import TimmStudent
 from d2v_composer.models.timm_teacher import TimmTeacher, teacher_config
 from d2v_composer.system.errors import InputError
-from helpers import GOLDEN
+from helpers import GOLDEN, slow
 from small_vits import random_vit
 from steps import flops_of_a_step, random_images, train
 
@@ -67,12 +67,12 @@ def test_what_one_gets_is_timms(teacher: Any) -> None:
     ("name", "size", "problem"),
     [
         ("deit_tiny_distilled_patch16_224", 32, ""),  # two classifiers
-        ("eva02_tiny_patch14_224", 28, ""),  # none, unless one asks for it
+        slow("eva02_tiny_patch14_224", 28, ""),  # none, unless one asks for it
         ("test_vit_relpos", 32, ""),  # another size, which no weight shows
-        pytest.param("efficientformer_l1", 224, "", marks=pytest.mark.slow),  # whole numbers among the weights
-        ("levit_128s", 32, ""),  # two, each after a BatchNorm, which is new and changes nothing
-        pytest.param("repvit_m0_9", 32, "", marks=pytest.mark.slow),
-        pytest.param("caformer_s18", 32, "is invalid for input of size", marks=pytest.mark.slow),
+        slow("efficientformer_l1", 224, ""),  # whole numbers among the weights
+        slow("levit_128s", 32, ""),  # two, each after a BatchNorm, which is new and changes nothing
+        slow("repvit_m0_9", 32, ""),
+        slow("caformer_s18", 32, "is invalid for input of size"),
     ],
 )
 def test_a_file_computes_the_same_in_timm_or_is_not_written(tmp_path: Path, name: str, size: int, problem: str) -> None:

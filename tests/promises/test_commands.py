@@ -38,6 +38,7 @@ from helpers import (
     refused_run,
     run_command,
     run_training,
+    slow,
     small_run,
     start_python,
     succeed,
@@ -376,7 +377,7 @@ def try_out(recipe: Recipe, mutation: Mutation, folder: Path, run: Path) -> str 
     ("name", "num"),
     [
         *((name, 2) for name in ("distill", "evaluate", "finetune")),
-        *(pytest.param(name, 150, marks=pytest.mark.slow) for name in ("distill", "quickstart")),
+        *(slow(name, 150) for name in ("distill", "quickstart")),
         *(pytest.param(name, None, marks=pytest.mark.campaign) for name in RUNS),
     ],
 )

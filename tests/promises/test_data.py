@@ -42,6 +42,7 @@ from helpers import (
     recorded,
     refused_run,
     run_training,
+    slow,
     small_run,
     start_python,
     succeed,
@@ -106,7 +107,7 @@ def undisturbed(many_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.mark.parametrize(
     ("ranks", "workers"),
-    [(1, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(2, 0), (1, 0), (2, 3)])],
+    [(1, 2), *(slow(*case) for case in [(2, 0), (1, 0), (2, 3)])],
 )
 def test_epochs_are_whole_though_killed(
     store: GatedStore, undisturbed: Record, tmp_path: Path, ranks: int, workers: int
@@ -141,7 +142,8 @@ def bytes_in(folder: Path) -> int:
     return total
 
 
-@pytest.mark.parametrize(("ranks", "workers"), [(1, 2), pytest.param(2, 0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 0)])
+@pytest.mark.slow
 def test_epochs_are_whole_though_the_store_fails(
     store: GatedStore, undisturbed: Record, tmp_path: Path, ranks: int, workers: int
 ) -> None:
@@ -167,7 +169,7 @@ def wait_for_batch(folder: Path, batch: int) -> None:
 
 @pytest.mark.parametrize(
     ("ranks", "workers"),
-    [(2, 0), pytest.param(1, 0, marks=pytest.mark.slow), pytest.param(2, 3, marks=pytest.mark.slow)],
+    [(2, 0), slow(1, 0), slow(2, 3)],
 )
 def test_a_run_ends_if_the_store_stays_unreachable(store: GatedStore, tmp_path: Path, ranks: int, workers: int) -> None:
     """Promises 4, 6 and 18: it ends once train_loader.timeout is over, and one line names a shard."""
@@ -183,7 +185,6 @@ def test_a_run_ends_if_the_store_stays_unreachable(store: GatedStore, tmp_path: 
     assert len(read_record(tmp_path)) < 2 * BATCHES_PER_EPOCH
 
 
-DAMAGES = pytest.mark.parametrize("damage", [None, flip_bit, pytest.param(truncated, marks=pytest.mark.slow)])
 Damage = Callable[[bytes], bytes] | None
 
 
@@ -194,7 +195,7 @@ def named_shard(programs: list[Program]) -> None:
     assert NAMED in failure(programs[0], status)
 
 
-@DAMAGES
+@pytest.mark.parametrize("damage", [None, flip_bit, slow(truncated)])
 def test_a_damaged_shard_of_a_folder_is_named(many_shards: Path, tmp_path: Path, damage: Damage) -> None:
     """Promises 4, 5, 7 and 18: the shard is missing, altered or truncated; the folder stays as it is."""
     images = shutil.copytree(many_shards, tmp_path / "images")
@@ -208,7 +209,7 @@ def test_a_damaged_shard_of_a_folder_is_named(many_shards: Path, tmp_path: Path,
     assert contents_of(images) == before
 
 
-@DAMAGES
+@pytest.mark.parametrize("damage", [None, slow(flip_bit), slow(truncated)])
 def test_a_damaged_shard_of_a_store_is_named(
     store: GatedStore, many_shards: Path, tmp_path: Path, damage: Damage
 ) -> None:
@@ -383,8 +384,9 @@ def uninterrupted_audio(clips: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.mark.parametrize(
     ("ranks", "then", "workers"),
-    [(1, 2, 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(4, 1, 0), (2, 4, 1)])],
+    [(1, 2, 3), (4, 1, 0), (2, 4, 1)],
 )
+@pytest.mark.slow
 def test_a_killed_audio_run_goes_on_with_the_same_batches(
     clips: Path, uninterrupted_audio: Path, tmp_path: Path, ranks: int, then: int, workers: int
 ) -> None:

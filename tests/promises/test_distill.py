@@ -36,6 +36,7 @@ from helpers import (
     flip_bit,
     log_of,
     run_ranks,
+    slow,
     start_python,
     succeed,
     truncated,
@@ -162,7 +163,7 @@ MOMENTS = {
     "export": {"HANG": "jinja2 Template render"},
 }
 QUICK = ("shard", "checkpoint", "export")
-ALONE = [pytest.param((name,), marks=pytest.mark.slow) for name in MOMENTS]
+ALONE = [slow((name,)) for name in MOMENTS]
 
 
 @contextmanager
@@ -394,6 +395,7 @@ def test_a_copy_of_the_settings_trains_another_run(settings: str, distilled: Pat
     assert contents_of(distilled) == before
 
 
+@pytest.mark.slow
 def test_a_refused_change_before_the_training_changes_nothing(photos: Path, distilled: Path, tmp_path: Path) -> None:
     """Promises 7 and 11: settings that only the built run can refuse are not kept; the user's folders in OUT
     are not touched.

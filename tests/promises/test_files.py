@@ -32,6 +32,7 @@ from helpers import (
     load_checkpoint,
     map_of,
     saved,
+    slow,
     small_run,
     start_python,
     student_of,
@@ -187,9 +188,7 @@ def test_a_hostile_model_is_refused(what: str, tmp_path: Path) -> None:
 QUICK = ("a zip bomb", "code in a teacher", "code in a checkpoint", "a truncated teacher", "a link to itself")
 
 
-@pytest.mark.parametrize(
-    "what", [what if what in QUICK else pytest.param(what, marks=pytest.mark.slow) for what in HOSTILE]
-)
+@pytest.mark.parametrize("what", [what if what in QUICK else slow(what) for what in HOSTILE])
 def test_commands_refuse_a_hostile_model(what: str, small_data: Path, tmp_path: Path) -> None:
     """Promises 16 and 18: it is the model of a command, a run's teacher, or its load_path."""
     path, out = tmp_path / "model.pt", tmp_path / "out"
@@ -231,9 +230,7 @@ SIZES: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "what", [pytest.param(what, marks=pytest.mark.slow) if what == "a million lists" else what for what in SIZES]
-)
+@pytest.mark.parametrize("what", [slow(what) if what == "a million lists" else what for what in SIZES])
 def test_sizes_that_would_need_all_memory_or_time_are_refused(what: str, exported: Path, tmp_path: Path) -> None:
     """Promise 16: a student's file claims them in its metadata."""
     path = tmp_path / "student.safetensors"

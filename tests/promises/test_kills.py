@@ -27,6 +27,7 @@ from helpers import (
     losses_of,
     run_ranks,
     shared_memory_of,
+    slow,
     started_ranks,
     student_of,
     train_command,
@@ -164,7 +165,7 @@ def step_of(run: Run) -> int:
 
 @pytest.mark.parametrize(
     ("num_steps", "warm_up", "interval"),
-    [pytest.param(900, 300, 100, marks=pytest.mark.slow), pytest.param(20_000, 1_000, 500, marks=pytest.mark.campaign)],
+    [slow(900, 300, 100), pytest.param(20_000, 1_000, 500, marks=pytest.mark.campaign)],
 )
 def test_a_long_run_does_not_leak(
     labeled: Path, tmp_path: Path, temporary: Path, num_steps: int, warm_up: int, interval: int

@@ -26,6 +26,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     return Inputs(tmp_path_factory.mktemp("inputs"))
 
 
+@pytest.mark.slow
 def test_a_small_conversion_survives_a_loss_of_power(inputs: Inputs, tmp_path: Path) -> None:
     """Promise 26: this is the smallest of the campaign's cases; in four states, the command runs again."""
     trial = record_trial(converting(6), inputs, tmp_path)

@@ -33,6 +33,7 @@ from helpers import (
     losses_of,
     run_command,
     run_training,
+    slow,
     started_ranks,
     student_of,
     succeed,
@@ -55,7 +56,7 @@ def batch_of(checkpoint: Path) -> int:
 
 
 # Batch 6 starts an epoch, 3 and 9 are within one; the checkpoints before them are those of batches 6, 2 and 8.
-@pytest.mark.parametrize("batch", [6, *(pytest.param(batch, marks=pytest.mark.slow) for batch in (3, 9))])
+@pytest.mark.parametrize("batch", [6, *(slow(batch) for batch in (3, 9))])
 def test_a_killed_run_resumes_bit_for_bit(run: Run, uninterrupted: Path, tmp_path: Path, batch: int) -> None:
     """Promises 3 and 10: it ends with the bits of a run without a kill; resumed on two ranks, it has the same
     losses.
@@ -102,8 +103,8 @@ def test_a_run_whose_worker_is_killed_ends_and_resumes(run: Run, uninterrupted: 
     [
         (signal.SIGTERM, True),
         (signal.SIGINT, False),
-        pytest.param(signal.SIGTERM, False, marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, True, marks=pytest.mark.slow),
+        slow(signal.SIGTERM, False),
+        slow(signal.SIGINT, True),
     ],
 )
 def test_a_signal_saves_and_ends(sent: signal.Signals, to_all: bool, run: Run, uninterrupted: Path) -> None:
@@ -237,7 +238,7 @@ def steps_in(run: Run) -> list[int]:
 
 @pytest.mark.parametrize(
     ("sent", "name"),
-    [(signal.SIGTERM, "SIGTERM"), pytest.param(signal.SIGINT, "Interrupted", marks=pytest.mark.slow)],
+    [(signal.SIGTERM, "SIGTERM"), slow(signal.SIGINT, "Interrupted")],
 )
 def test_after_training_a_run_ends_at_once_and_the_same_command_makes_its_report(
     sent: signal.Signals, name: str, run: Run
@@ -255,7 +256,7 @@ def test_after_training_a_run_ends_at_once_and_the_same_command_makes_its_report
     assert (run.folder / "report.html").is_file()
 
 
-@pytest.mark.parametrize("damage", [truncated, flip_bit, pytest.param(lambda content: b"", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("damage", [truncated, flip_bit, slow(lambda content: b"")])
 def test_a_damaged_newest_checkpoint_is_skipped(
     damage: Callable[[bytes], bytes], uninterrupted: Path, small_data: Path, tmp_path: Path
 ) -> None:

@@ -21,6 +21,7 @@ from helpers import (
     failure,
     losses_of,
     run_command,
+    slow,
     small_run,
     train_command,
     wait_until,
@@ -245,7 +246,7 @@ def test_a_store_that_fails_during_a_save_and_is_back(
 @pytest.mark.parametrize(
     ("fault", "is_awaited"),
     [
-        pytest.param("half", False, marks=pytest.mark.slow),
+        slow("half", False),
         pytest.param("quota", True, marks=pytest.mark.campaign),  # ten minutes
     ],
 )
@@ -300,7 +301,7 @@ def test_sigterm_to_all_processes_still_uploads_the_checkpoint(in_store: InStore
         ("train_loader.remote=s3://nobody/images", {}, "s3://nobody/images/index.json"),
         (f"train_loader.remote=s3://{BUCKET}/nothing", {}, f"s3://{BUCKET}/nothing/index.json"),
         (f"teacher.checkpoint=s3://{BUCKET}/no.pt", {}, "no.pt"),
-        pytest.param(f"load_path=s3://{BUCKET}/no.pt", {}, "no.pt", marks=pytest.mark.slow),
+        slow(f"load_path=s3://{BUCKET}/no.pt", {}, "no.pt"),
         (IMAGES, {"AWS_SECRET_ACCESS_KEY": "wrong"}, "SignatureDoesNotMatch"),
         (IMAGES, {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "credentials"),
         (IMAGES, {"S3_ENDPOINT_URL": "http://127.0.0.1:9"}, "Could not connect to the endpoint URL"),

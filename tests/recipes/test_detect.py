@@ -37,6 +37,7 @@ from helpers import (
     losses_of,
     run_command,
     run_ranks,
+    slow,
     start_python,
     student_of,
     succeed,
@@ -137,7 +138,7 @@ def test_a_run_logs_its_losses_and_its_precision(detector: Path) -> None:
     assert (detector / "report" / "accuracy.png").is_file()
 
 
-@pytest.mark.parametrize("moment", ["batch_start 5", pytest.param("eval_batch_end 4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("moment", ["batch_start 5", slow("eval_batch_end 4")])
 def test_a_killed_run_resumes_bit_for_bit(moment: str, detector: Path, scenes: Path, tmp_path: Path) -> None:
     """With any number of workers, in the second epoch."""
     arguments = small_detection(tmp_path, scenes, "train_loader.num_workers=2")
@@ -179,6 +180,7 @@ def precision_in(text: str) -> float:
     return float(percent) / 100
 
 
+@pytest.mark.slow
 def test_a_detector_finds_what_it_was_trained_on(tmp_path: Path) -> None:
     """Also if the images are not square, and are flipped."""
     wide = {"width": 96, "height": 64}
@@ -294,7 +296,7 @@ def test_blocks_have_the_grid_of_timms_student(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:torch.searchsorted")  # timm's, where it resizes Swin's biases
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", slow("swin_tiny_patch4_window7_224")])
 def test_a_backbone_takes_larger_images(
     name: str, students: Callable[[str], Path], scenes: Path, tmp_path: Path
 ) -> None:

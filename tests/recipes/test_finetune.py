@@ -32,6 +32,7 @@ from helpers import (
     losses_of,
     run_command,
     run_ranks,
+    slow,
     small_finetuning,
     student_of,
     succeed,
@@ -104,9 +105,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory, student: Path, labeled: Path
     return folder
 
 
-@pytest.mark.parametrize(
-    "moment", [MOMENTS[0], *(pytest.param(moment, marks=pytest.mark.slow) for moment in MOMENTS[1:])]
-)
+@pytest.mark.parametrize("moment", [MOMENTS[0], *(slow(moment) for moment in MOMENTS[1:])])
 def test_a_killed_run_resumes_bit_for_bit(
     moment: str, mixed: Path, student: Path, labeled: Path, tmp_path: Path
 ) -> None:
@@ -251,7 +250,8 @@ def test_batches_have_lengths_only_if_clips_are_padded() -> None:
     assert last_labels.tolist() == [2, 3]
 
 
-@pytest.mark.parametrize("train_encoder", ["false", pytest.param("true", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("train_encoder", ["false", "true"])
+@pytest.mark.slow
 def test_a_teacher_of_sound_learns_words(train_encoder: str, tmp_path: Path) -> None:
     write_words(tmp_path / "words", {"train": 16, "test": 8})
     for split in ("train", "test"):

@@ -12,7 +12,17 @@ import pytest
 import torch
 
 from d2v_composer import FrozenModel, load_config, load_student, load_teacher, train_student
-from helpers import ROOT, datasets_of, load_checkpoint, refused_run, run_command, small_run, succeed, train_command
+from helpers import (
+    ROOT,
+    datasets_of,
+    load_checkpoint,
+    refused_run,
+    run_command,
+    slow,
+    small_run,
+    succeed,
+    train_command,
+)
 
 
 class Patches(torch.nn.Unfold):
@@ -57,7 +67,7 @@ def settings(folder: Path, data: Path, kind: str, *overrides: str) -> list[str]:
     return small_run(folder, data, *changes, "max_duration=4ba", *overrides)
 
 
-@pytest.fixture(scope="module", params=["blocks", pytest.param("network", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["blocks", slow("network")])
 def run(request: Any, package: Path, small_data: Path, labeled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / request.param
     options = settings(folder, small_data, request.param, f"retrieval.{datasets_of(labeled)}")

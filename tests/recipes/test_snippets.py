@@ -19,7 +19,7 @@ from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands import embed, export
 from d2v_composer.models.configs import TimmNetworkConfig
 from d2v_composer.models.timm_network import TimmStudent
-from helpers import GOLDEN, QUICKSTART, ROOT, encoded_image, run_training, write_files
+from helpers import GOLDEN, QUICKSTART, ROOT, encoded_image, run_training, slow, write_files
 
 PAGES = {path.name: path for path in (ROOT / "README.md", *(ROOT / "recipes" / "guides").glob("*.md"))}
 SLOW = {"composer.md"}
@@ -76,7 +76,7 @@ def with_sound(folder: Path) -> Path:
 
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(page, marks=pytest.mark.slow) if page in SLOW else page for page in sorted(PAGES) if blocks_of(page)],
+    [slow(page) if page in SLOW else page for page in sorted(PAGES) if blocks_of(page)],
 )
 def test_a_page_runs(page: str, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = with_sound(tmp_path) if page == "audio.md" else files

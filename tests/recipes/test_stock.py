@@ -109,6 +109,7 @@ def assert_ended(folder: Path, steps: list[int]) -> None:
     assert load_student(folder / "out/student.safetensors").embed_all(images)["embedding"].isfinite().all()
 
 
+@pytest.mark.slow
 def test_it_is_killed_and_resumes(labeled: Path, tmp_path: Path) -> None:
     given = arguments(tmp_path, labeled)
     killed = run_command(sys.executable, *traced(given, "stock"), environment={"AT": "batch_start 5 kill"})

@@ -100,7 +100,8 @@ def test_rivals_have_size_and_speed(trained: Path, photos: Path, tmp_path: Path)
     assert "takes audio, but the model takes image" in line
 
 
-@pytest.mark.parametrize("name", [pytest.param("test_byobnet", marks=pytest.mark.slow), "test_vit_relpos"])
+@pytest.mark.parametrize("name", ["test_byobnet", "test_vit_relpos"])
+@pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit(small_data: Path, tmp_path: Path, name: str) -> None:
     """With BatchNorm's statistics, and with dropout, which timm gives some models."""
     changes = *NETWORK, f"student.model=timm/{name}", "save_interval=1ba"
@@ -125,6 +126,7 @@ def on_two_ranks(tmp_path_factory: pytest.TempPathFactory, small_data: Path, unl
     return folder
 
 
+@pytest.mark.slow
 def test_two_ranks_train_and_resume_bit_for_bit(
     on_two_ranks: Path, trained: Path, small_data: Path, tmp_path: Path
 ) -> None:
@@ -215,6 +217,7 @@ def tuned(trained: Path, labeled: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_classifier_is_timms_own(tuned: Path, labeled: Path, tmp_path: Path) -> None:
     """The ranks have tested what is exported."""
     exported = succeed("export", tuned / "latest-rank0.pt", tmp_path / "classifier.safetensors")

@@ -187,6 +187,7 @@ def shown_neighbors(label: str, seconds: list[float]) -> list[tuple[str, float]]
     return [(f"student\n{label}", duration) for duration in seconds]
 
 
+@pytest.mark.slow
 def test_sound_is_seen_and_heard(sound_run: Path, browser: Browser) -> None:
     """Each clip of a gallery plays directly below its spectrogram, from the page alone."""
     page, complaints = opened(browser, sound_run / "report.html", width=390)

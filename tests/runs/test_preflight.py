@@ -16,7 +16,7 @@ from d2v_composer.config.load import load_config
 from d2v_composer.runs.preflight import Rehearsal
 from d2v_composer.system.errors import InputError
 from gated_store import GatedStore
-from helpers import ROOT, datasets_of, run_command, run_training, small_run, wait_until
+from helpers import ROOT, datasets_of, run_command, run_training, slow, small_run, wait_until
 from recipes import preflight
 
 PREFLIGHT = ROOT / "recipes" / "preflight.py"
@@ -144,7 +144,7 @@ def test_a_preflight_that_is_stopped_leaves_no_process(tmp_path: Path, small_dat
     assert not psutil.wait_procs(children, timeout=20)[1]
 
 
-@pytest.mark.parametrize("is_remote", [False, True], ids=["folder", "store"])
+@pytest.mark.parametrize("is_remote", [False, slow(True)], ids=["folder", "store"])
 def test_what_a_killed_preflight_left_does_not_stop_its_run(
     store: GatedStore, small_data: Path, tmp_path: Path, is_remote: bool
 ) -> None:

@@ -60,6 +60,7 @@ def test_an_optimizer_decays_as_its_field_says(name: str, shrunk: float) -> None
     torch.testing.assert_close(model.weight.detach(), shrunk * before)
 
 
+@pytest.mark.slow
 def test_each_optimizers_learning_rate_is_in_the_report(tmp_path: Path, small_data: Path) -> None:
     for name, kind in OPTIMIZERS.items():
         options = f"optimizer.name={name}", "optimizer.weight_decay=0", "callbacks={lr_monitor: {}}", "report=true"

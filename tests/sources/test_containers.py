@@ -32,7 +32,7 @@ from d2v_composer.sources.open import open_source
 from d2v_composer.system.command_line import explain
 from d2v_composer.system.errors import InputError
 from gated_store import GatedStore
-from helpers import GOLDEN, QUICKSTART, encoded_image, truncated, write_files, write_mds
+from helpers import GOLDEN, QUICKSTART, encoded_image, slow, truncated, write_files, write_mds
 from hub_stub import serve
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -70,7 +70,7 @@ def write_everywhere(root: Path, count: int, store: GatedStore) -> dict[str, lis
     return sources
 
 
-@pytest.mark.parametrize(("count", "workers"), [(60, "0"), pytest.param(2000, "2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("count", "workers"), [(60, "0"), slow(2000, "2")])
 def test_the_same_images_from_everywhere(
     count: int, workers: str, reachable_store: GatedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,7 +24,7 @@ from d2v_composer.sources.mds import Index
 from d2v_composer.system.errors import InputError
 from d2v_composer.training_data.loader import build_train_loader
 from d2v_composer.training_data.sampler import EpochOrder, Sample, padded_sizes
-from helpers import write_mds
+from helpers import slow, write_mds
 from streams import global_batches, open_images
 
 SEED, EPOCH = 17, 3
@@ -73,9 +73,7 @@ def test_another_seed_crops_otherwise(many_shards: Path) -> None:
     assert not torch.equal(first, other)
 
 
-@pytest.mark.parametrize(
-    ("num_shards", "num_samples"), [(2_000, 25_600), pytest.param(100_000, 1_281_167, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("num_shards", "num_samples"), [(2_000, 25_600), slow(100_000, 1_281_167)])
 def test_reads_each_sample_once_on_512_ranks(num_shards: int, num_samples: int) -> None:
     """And 384 ranks resume in the middle of the epoch, with 8 samples of a batch each instead of 6."""
     order = build_order(num_samples, 3072, num_shards=num_shards, num_canonical_nodes=64)
