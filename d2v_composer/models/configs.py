@@ -398,7 +398,7 @@ class TeacherConfig(Config):
         shape, num_blocks = getattr(self.encoder, "alibi_scale_shape", None), self.encoder.prenet_depth + self.depth
         if shape is not None and shape[0] not in (1, num_blocks):
             raise ValueError(
-                f"alibi_scale_shape must begin with {num_blocks}, the number of blocks, or 1, got {short(shape)}"
+                f"alibi_scale_shape must be ({num_blocks} or 1, …) for {num_blocks} blocks, got {short(shape)}"
             )
 
 
