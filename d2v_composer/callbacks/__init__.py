@@ -1,4 +1,4 @@
-"""Callbacks and loggers for any Composer Trainer; each is imported when it is first used."""
+"""Callbacks, loggers and an algorithm for Composer's Trainer; each is imported when it is first used."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -27,7 +27,7 @@ MODULES = {
 if not TYPE_CHECKING:  # for which each name has its own type
 
     def __getattr__(name: str) -> object:
-        """Import a public name."""
+        """Import the class with a public name, and return it."""
         if name not in MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(import_module(f"{__name__}.{MODULES[name]}"), name)

@@ -19,7 +19,7 @@ class GradientClipping(algorithms.GradientClipping):
     """Composer's GradientClipping by the global norm, over the trained parameters alone.
 
     Args:
-        clipping_threshold: Largest norm.
+        clipping_threshold: The norm to which a larger gradient is scaled down.
     """
 
     def __init__(self, clipping_threshold: float) -> None:
@@ -75,7 +75,7 @@ class SeededBatches(Callback):
 
 
 def broadcast_statistics(model: torch.nn.Module) -> None:
-    """Give all ranks the BatchNorm statistics of rank 0, which a checkpoint stores; ranks differ in training."""
+    """Give all ranks the BatchNorm statistics of rank 0, which checkpoints store; training makes them differ."""
     for name, buffer in model.named_buffers():
         if "running_" in name:
             dist.broadcast(buffer, 0)

@@ -1,4 +1,4 @@
-"""Fit a student's alignment with its teacher, at a run's end or before a retrieval."""
+"""Fit the alignment of a student with its teacher, at a run's end or before a retrieval."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -26,9 +26,9 @@ log = logging.getLogger(__name__)
 
 
 class AlignStudent(Callback):
-    """Fit a linear map from the student's raw embeddings to its teacher's, at a run's end, or by :meth:`fit`.
+    """Fit a linear map from the student's raw embeddings to its teacher's embedding, at a run's end or by :meth:`fit`.
 
-    The samples are training samples without augmentation. A batch has N of them; the alignment has I inputs and P
+    The samples are training samples without augmentation. A batch has N samples; the alignment has I inputs and P
     outputs.
 
     Each rank embeds a share of the batches, and all ranks add up the same sums in the same order. So the alignment has
@@ -45,7 +45,7 @@ class AlignStudent(Callback):
         of: Description of the teacher's embedding.
         batch: Number of training batches after which the alignment was last fitted; -1 for never. Checkpoints keep it.
         statistics: ``of``, ``space``, ``batch`` and :attr:`Fit.statistics
-            <d2v_composer.models.alignment.Fit.statistics>`. Checkpoints keep this, too, and the alignment.
+            <d2v_composer.models.alignment.Fit.statistics>`. Checkpoints keep these statistics and the alignment, too.
 
     Example:
         >>> from d2v_composer.callbacks import AlignStudent
@@ -85,7 +85,10 @@ class AlignStudent(Callback):
             self.student.align(state["weight"], state["bias"], self.of.of, space=self.of.space)
 
     def fit_at_end(self, state: State) -> None:
-        """Fit the alignment if the run has ended; after a batch, a callback such as EarlyStopper may still end it."""
+        """Fit the alignment if the run has ended.
+
+        Call it when checkpoints are saved, not after a batch: in between, EarlyStopper or the like may end the run.
+        """
         if has_ended(state):
             self.fit(state)
 
@@ -115,7 +118,7 @@ class AlignStudent(Callback):
     def pairs(
         self, to_device: Callable[[Tensor], Tensor], before_batch: Callable[[], None], inputs: list[str]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the inputs, (N, I), and targets, (N, P), of every batch, in the same order on every rank."""
+        """Yield every batch's inputs of the alignment, (N, I), and targets, (N, P), in the same order on every rank."""
         ranks, count = Ranks(dist.get_global_rank(), dist.get_world_size()), len(self.batches)
         rounds = range(0, count, ranks.world_size)
         mine = [self.batches[min(first + ranks.rank, count - 1)] for first in rounds]

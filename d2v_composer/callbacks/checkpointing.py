@@ -38,7 +38,7 @@ from d2v_composer.system.files import move
 from d2v_composer.system.folder_lock import FolderLock
 from d2v_composer.system.ranks import rank_zero_first
 
-NOTICE = "Interrupted: saving after this batch; a second Ctrl-C stops the run immediately, without saving"
+NOTICE = "Interrupted: stopping after this batch; a second Ctrl-C stops the run immediately, without saving"
 # What the ranks agree on: the greatest wins.
 STOPS = (None, signal.SIGTERM, signal.SIGINT)
 REMOVED = len(STOPS)
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 
 class Stop:
-    """The signal that ends a run after its batch.
+    """The signal that ends a run after the current batch.
 
     Attributes:
         signal: The signal, the same on all ranks; ``None`` while the run goes on.
@@ -59,31 +59,31 @@ class Stop:
         self.is_last_batch = False
 
     def has_come(self) -> bool:
-        """Return True on all ranks if a signal has come; several ranks learn of one only at the end of a batch."""
+        """Return True, on all ranks alike, if a signal has come; several ranks learn of it only after a batch."""
         if self.signal is None and dist.get_world_size() == 1:
             self.signal = processes.received()
         return self.signal is not None
 
     def ends_retrieval(self) -> bool:
-        """Return True on all ranks if a retrieval must be left out or cut short."""
+        """Return True, on all ranks alike, if a retrieval must be left out or cut short."""
         return self.has_come() and not self.is_last_batch
 
 
 class Checkpoints(Callback):
     """Save checkpoints, keep the newest ones, upload them, and stop on a signal.
 
-    Composer's CheckpointSaver removes only the checkpoints of its own process, and none from a store. If the process is
-    killed, a checkpoint may be truncated, or the pointer ``latest-rank0.pt`` missing.
+    Composer's CheckpointSaver removes only the checkpoints of its own process, and none from a store. If its process is
+    killed, it may leave a truncated checkpoint, or no link ``latest-rank0.pt``.
 
     On SIGTERM or SIGINT the run finishes its batch, saves, and exits with status 143 or 130 (128 + signal). A
-    retrieval that is due in this batch is left out or, on one rank, cut short; the resumed run measures it first. The
+    retrieval that is due in this batch is left out or, on one rank, cut short; the resumed run repeats it first. The
     last batch of a run is the exception: its retrieval is finished. Before the first batch has ended there is nothing
     to save, and a signal ends the run at once; so does a second SIGINT at any time. Composer's launcher forwards
     SIGTERM to its ranks, also sends SIGTERM after a SIGINT, and kills the remaining ranks after 30 seconds.
 
     A run whose folder was removed also stops after its batch, with an error.
 
-    Pass no ``save_folder`` to the Trainer, and this callback before ZeroShotRetrieval and after other callbacks. Call
+    Pass no ``save_folder`` to the Trainer, and pass this callback after NanGuard and before ZeroShotRetrieval. Call
     :meth:`begin` before the Trainer's ``fit``, and :meth:`end_training` after it.
 
     Args:
@@ -91,10 +91,11 @@ class Checkpoints(Callback):
         save_interval: The interval of checkpoints in batches, a Composer time string.
         num_to_keep: Number of newest checkpoints to keep, on this machine and in S3; -1 keeps all.
         uploads: The run's uploads, if the folder is in a store.
-        advice: The end of the line that says where the run was saved.
-        stop: Updated at the end of each batch. Pass its ``ends_retrieval`` to ZeroShotRetrieval as ``should_stop``.
+        advice: The end of the line that says, after a signal, where the run was saved.
+        stop: The signal, updated at the end of each batch. Pass its ``ends_retrieval`` to ZeroShotRetrieval as
+            ``should_stop``.
         save_best: Also keep the checkpoint with the highest ``metrics/mean/top1`` of a ZeroShotRetrieval, in the file
-            :data:`BEST`, which no run resumes from.
+            ``best-rank0.pt``, which no run resumes from.
 
     Attributes:
         best: The highest ``metrics/mean/top1`` so far; -1 for none. Checkpoints keep it.
@@ -143,7 +144,7 @@ class Checkpoints(Callback):
             self._save(state)
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        """Save a model whose mean top-1 accuracy is the highest so far, with its alignment."""
+        """Save a model, with its alignment, if its mean top-1 accuracy is the highest so far."""
         if self.folder is None or not self.save_best or state.dataloader_label != "retrieval":
             return
         mean = float(state.eval_metrics["retrieval"]["mean/top1"].compute())
@@ -211,7 +212,8 @@ class Checkpoints(Callback):
     def begin(self) -> None:
         """Mark the folder, here and in the store, as the run's. Call it when nothing can refuse the run anymore.
 
-        Without a checkpoint to go on from, the log is deleted. A newest checkpoint that the store lacks is uploaded.
+        If there is no checkpoint to resume from, the log is deleted. If the store lacks the newest checkpoint, it is
+        uploaded.
 
         Raises:
             RunError: The store cannot be written.

@@ -29,7 +29,10 @@ log = logging.getLogger(__name__)
 
 
 def variance_over_inputs(x_BTD: Tensor, padding_mask: Tensor | None) -> Tensor:
-    """Return a scalar: the variance over inputs, averaged over channels and the tokens that are padding in no input."""
+    """Return the variance over inputs, a scalar: averaged over channels, and over tokens that no input pads.
+
+    ``padding_mask`` is (B, T) bool, True for padding; ``None`` without padding.
+    """
     mask = None if padding_mask is None else padding_mask.any(dim=0, keepdim=True)
     return mean_over_time(x_BTD.var(dim=0, keepdim=True), padding_mask=mask).mean()
 
@@ -40,22 +43,22 @@ class Health(Callback):
     Logged, below ``health/``:
 
     - ``prediction_variance``, ``target_variance``: variance over the batch, averaged over tokens and channels. The
-      target's is the squared error of a constant prediction, the best one that is the same for all inputs;
+      target's variance is the mean squared error of the constant prediction, the best that ignores the inputs;
     - ``prediction_error``: the mean squared error, whatever the loss is;
     - ``collapse``, ``dead``, ``diverging``, ``non_finite``, ``scaler_skips``: 1 in this state, else 0.
 
     The start of a state is logged as a warning: *collapse*, the prediction hardly varies over the batch; *dead*, after
-    ``grace`` the error is no better than a constant prediction's; *diverging*, the mean loss since the last measurement
-    is more than 1.5 times the lowest such mean; *non_finite*, some numbers are infinite or NaN; *scaler_skips*, the
-    loss scale fell, because steps with infinite gradients were skipped.
+    ``grace`` the error is no better than the constant prediction's; *diverging*, the mean loss since the last
+    measurement is more than 1.5 times the lowest such mean; *non_finite*, the loss or one of the numbers above is
+    infinite or NaN; *scaler_skips*, the loss scale fell, because steps with infinite gradients were skipped.
 
     In any Composer run, the model must return a :class:`~d2v_composer.objectives.objective.Regression`, or
-    :class:`~d2v_composer.objectives.objective.Outputs`, of which the first one is measured; for other models, override
+    :class:`~d2v_composer.objectives.objective.Outputs`, whose first regression is measured; for other models, override
     :meth:`regression`.
 
     Args:
         interval: Time between measurements, a Composer time string.
-        grace: Time in which the error may be as large as a constant prediction's, a Composer time string longer than
+        grace: Time in which the error may be as large as the constant prediction's, a Composer time string longer than
             the warm-up; '0.2dur' is a fifth of the run.
 
     Example:
@@ -73,11 +76,16 @@ class Health(Callback):
         self.microbatch: object = None
 
     def regression(self, outputs: object, batch: object) -> Regression:
-        """Return the prediction and the target of the last microbatch, on the model's device."""
+        """Return the prediction and the target of the last microbatch, on the model's device.
+
+        Args:
+            outputs: What the model's ``forward`` returned for the microbatch.
+            batch: The microbatch, on the model's device.
+        """
         if isinstance(outputs, Outputs):
             outputs = next(iter(outputs.regressions.values()))
         if not isinstance(outputs, Regression):
-            raise TypeError(f"Health: the model must return a Regression, got {type(outputs).__name__}")
+            raise TypeError(f"Health: the model must return a Regression or Outputs, got {type(outputs).__name__}")
         return outputs
 
     def after_forward(self, state: State, logger: Logger) -> None:
@@ -98,7 +106,7 @@ class Health(Callback):
 
     @torch.no_grad()
     def measure(self, state: State, logger: Logger) -> None:
-        """Measure and log, and warn about each state that has begun since the last measurement."""
+        """Measure and log the numbers; warn about each bad state that has begun since the last measurement."""
         metrics = self.compare(self.regression(state.outputs, self.microbatch))
         values = {name: value.item() for name, value in metrics.items()}
         loss = sum(self.losses) / len(self.losses)
@@ -114,7 +122,7 @@ class Health(Callback):
         self.present = set(present)
 
     def compare(self, outputs: Regression) -> dict[str, Tensor]:
-        """Return the squared error and the variances, all scalars, by name; an embedding, (B, D), is like one token."""
+        """Return the squared error and the variances, scalars, by name; an embedding, (B, D), counts as one token."""
         prediction, target = outputs.prediction.float(), outputs.target.float()
         error = regression_loss(Regression(prediction, target, padding_mask=outputs.padding_mask))
         return {"prediction_error": error} | {

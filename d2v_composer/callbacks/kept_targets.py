@@ -1,4 +1,7 @@
-"""Keep the teacher's targets of fixed views, so that a view's second epoch needs no teacher."""
+"""Keep the teacher's targets of fixed views, so that the teacher runs only in the first epoch of each view.
+
+A view is an augmentation of a sample that recurs in later epochs; ``train_loader.views`` sets their number.
+"""
 
 import json
 import os
@@ -33,14 +36,14 @@ class KeptTargets(Callback):
     computed from anything else counts as not written, and the teacher runs for its batch. So a file can be used even if
     the run that wrote it was killed.
 
-    The ranks of a node share the file, as do nodes whose folder is on a shared file system. It is deleted at the end of
-    the run.
+    The ranks of a node share the file, as do nodes whose folder is on a shared file system. The file is deleted at the
+    end of the run.
 
     Args:
         path: The file, in the run's folder.
         num_samples: Number of samples in the data set.
         views: Number of views of each sample.
-        width: Number of values of a sample's targets.
+        width: Number of values in the targets of one view.
         made_from: All that decides the targets of an augmented image: the teacher and the settings.
     """
 
@@ -51,7 +54,7 @@ class KeptTargets(Callback):
         self.file = -1
 
     def check_room(self) -> str | None:
-        """Return an error message if the disk lacks space for the targets, or for a node's share of them."""
+        """Return an error message if the disk lacks space for this node's share of the targets, else ``None``."""
         stored = self.path.stat().st_blocks * 512 if self.path.exists() else 0
         what = "train_loader.views: the targets of all views"
         return check_room(self.path.parent, what, self.num_bytes, stored, "set fewer views, or null")
@@ -83,10 +86,10 @@ class KeptTargets(Callback):
                 os.pwrite(self.file, data + xxh3_64_digest(data, origin), offset)
 
     def collate(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Return a batch.
+        """Collate samples into a batch, with the targets that the file has.
 
-        It has ``origin``, (B,) int64, a hash of each image and of what else decides its targets; and ``targets``,
-        (B, width) float16, only if those of all its samples were kept.
+        Two entries are added: ``origin``, (B,) int64, a hash of each augmented image and of what else decides its
+        targets; and, only if the file has the targets of every sample in the batch, ``targets``, (B, width) float16.
         """
         batch, rows = default_collate(list(samples)), []
         images = (sample["image"].contiguous().numpy() for sample in samples)
@@ -104,7 +107,7 @@ class KeptTargets(Callback):
         return batch | {"targets": torch.from_numpy(np.stack(rows))}
 
     def _offsets(self, batch: dict[str, Tensor]) -> list[int]:
-        """Return where in the file the rows of a batch begin."""
+        """Return the byte offset in the file of each row of a batch."""
         return ((batch["view"] * self.num_samples + batch["sample_id"]) * self.row_bytes).tolist()
 
     def close(self, state: State, logger: Logger) -> None:

@@ -1,4 +1,4 @@
-"""Log a run: progress, JSON lines, MLflow and throughput."""
+"""Log a run's progress and throughput, write metrics to JSON lines and MLflow, and upload the run's files."""
 
 import json
 import logging
@@ -44,7 +44,8 @@ log = logging.getLogger(__name__)
 class ProgressLogger(LoggerDestination):
     """Show the loss, the speed, the share of time spent waiting for data and the time left, on rank 0.
 
-    Each accuracy of a retrieval or of a classifier's evaluation has a line of its own, with its log key.
+    Each accuracy of a retrieval, in the headline embedding, or of a fine-tuned model has a line of its own, with its
+    log key.
 
     The numbers are those that the Trainer, :class:`~d2v_composer.callbacks.Throughput` and
     :class:`~d2v_composer.callbacks.ZeroShotRetrieval` log; missing ones are omitted.
@@ -52,7 +53,7 @@ class ProgressLogger(LoggerDestination):
     Args:
         bar: Show a bar, which needs a terminal; else print a line every ten seconds and at the end.
         stream: Output stream; default stderr.
-        unit: Name of the samples in the speed.
+        unit: Name of the samples, as in "images/s".
 
     Example:
         >>> from d2v_composer.callbacks import ProgressLogger, Throughput
@@ -114,8 +115,8 @@ def num_batches(state: State) -> int:
 class JSONLLogger(LoggerDestination):
     """Write one line per call of ``log_metrics``, on rank 0: ``{"step": batch, key: value, …}``.
 
-    A resume appends lines (Composer's FileLogger overwrites the file). With its first line, a resume removes the lines
-    of later batches, which measured weights that no checkpoint has.
+    A resume appends lines (Composer's FileLogger overwrites the file). Before its first line, a resume removes the
+    lines of later batches, which measured weights that no checkpoint has.
 
     Args:
         filename: The file; missing folders are created.
@@ -217,7 +218,7 @@ class RunMLFlowLogger(MLFlowLogger):
     """Composer's MLFlowLogger, with ``…/top1.output_cls`` instead of ``…/top1/output_cls``, and ``_`` for ``@``.
 
     MLflow's file store keeps each metric in a file of the same name, so ``top1`` would have to be a file and a folder.
-    A name cannot have ``@``. If one metric of a call cannot be written, MLflow silently loses all of them.
+    A metric's name cannot have ``@``. If one metric of a call cannot be written, MLflow silently loses all of them.
     """
 
     def rename(self, key: str) -> str:
@@ -235,7 +236,7 @@ class Throughput(Callback):
     - ``throughput/device/mfu``: the model's FLOP/s as a share of the GPU's peak, if Composer knows the peak and the
       model has ``flops_per_batch``.
 
-    Pass it to the Trainer before callbacks that take time at the end of a batch.
+    Pass this callback to the Trainer before callbacks that take time at the end of a batch.
 
     Args:
         every: Interval in batches.
@@ -250,7 +251,7 @@ class Throughput(Callback):
         self.asked_at = self.got_at = self.flops_at_peak = 0.0
 
     def reset(self, state: State) -> None:
-        """Start a new average."""
+        """Start a new interval: set its sums to 0."""
         self.first_image, self.flops, self.seconds, self.waited = int(state.timestamp.sample), 0, 0.0, 0.0
 
     def fit_start(self, state: State, logger: Logger) -> None:

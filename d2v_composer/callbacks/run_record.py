@@ -35,7 +35,7 @@ class RunRecord(Callback):
     Args:
         record: The sections ``config`` (resolved), ``versions``, ``teacher`` or ``model`` (provenance) and ``data``
             (identity and location), as plain containers. Secrets in them are hidden.
-        folder: The folder of ``run.yaml``, or ``None``.
+        folder: The folder in which to write ``run.yaml``; ``None`` writes no file.
         fixed: Dotted keys of the record that a resume must not change, besides :data:`IDENTITIES`.
         defaults: Values of keys that a record lacks if an earlier version of this package wrote it.
     """
@@ -70,7 +70,7 @@ class RunRecord(Callback):
             raise InputError(f"{changes}; a new run needs another save_folder, and no load_path")
 
     def changes(self, before: Record, keys: Sequence[str] = ()) -> str:
-        """Describe the differences from an earlier record at dotted ``keys`` (default: the fixed ones); '' if none."""
+        """Describe the changes of ``keys`` (default: the fixed keys) since an earlier record, in a line; '' if none."""
         records = hide_secrets(before), self.record, self.defaults
         groups = (find_changes(key, *(value_at(record, key) for record in records)) for key in keys or self.fixed)
         return "; ".join(change for changes in groups for change in changes)

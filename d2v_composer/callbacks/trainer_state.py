@@ -15,7 +15,7 @@ CallbackT = TypeVar("CallbackT", bound=Callback)
 
 
 def find_callback(state: State, kind: type[CallbackT]) -> CallbackT | None:
-    """Return the run's first callback of the given class."""
+    """Return the run's first callback of the given class; ``None`` if there is none."""
     return next((callback for callback in state.callbacks if isinstance(callback, kind)), None)
 
 
@@ -25,14 +25,14 @@ def has_ended(state: State) -> bool:
 
 
 def due_every(interval: str, final_events: Set[Event] = frozenset()) -> Callable[[State, Event], bool]:
-    """Return a function that returns True when something is due at the end of a batch or an epoch.
+    """Return a function of the state and an event that returns True when an interval ends with this batch or epoch.
 
     Args:
         interval: Composer time string.
         final_events: Events at which the function also returns True at the end of the run.
 
     Raises:
-        ValueError: The interval is not a positive duration, with which nothing would ever be due.
+        ValueError: The interval is not a positive duration.
     """
     if not isinstance(interval, str) or Time.from_timestring(interval).value <= 0:
         raise ValueError(f"interval must be a positive duration such as '100ba', got {interval!r}")
@@ -45,7 +45,7 @@ def loss_scale(state: State) -> float:
 
 
 def unwrapped(state: State) -> torch.nn.Module:
-    """Return the bare model: the wrappers of DDP and torch.compile pass on only ``forward``."""
+    """Return the model without the wrappers of DDP and torch.compile, which pass on only ``forward``."""
     model: Any = state.model
     while isinstance(model, WRAPPERS):
         model = model._orig_mod if isinstance(model, OptimizedModule) else model.module

@@ -42,16 +42,17 @@ class _StoppedError(Exception):
 
 
 class ZeroShotRetrieval(Callback):
-    """Measure top-k retrieval accuracy on labeled sets in both directions, while the model trains without labels.
+    """Measure top-k retrieval accuracy on labeled sets, while the model trains without labels.
 
-    An evaluation embeds every image, or audio clip, once, for both directions; several ranks share the work.
-    Evaluations run every ``interval`` and at the end of training, never twice for one batch.
+    The test samples are queries in the bank of the train samples, and the reverse. An evaluation embeds every image, or
+    audio clip, once, for both directions; several ranks share the work. Evaluations run every ``interval`` and at the
+    end of training, never twice for one batch.
 
-    In any Composer run, the model needs a method ``embed_all`` or ``embed``; or pass a function ``embed``. The function
-    takes (B, 3, height, width) uint8 images, already on the model's device, resizes and normalizes them, and returns
-    one embedding, (B, D), or a dict of several by name. With audio clips, it takes (B, L) float32 and, only if some are
-    padded, the number of samples of each, (B,) int64. It is called in eval mode, without gradients, in the run's
-    precision.
+    In any Composer run, the model needs a method ``embed_all`` or ``embed``; or pass a function ``embed``. The method
+    or function takes (B, 3, height, width) uint8 images, already on the model's device, resizes and normalizes them,
+    and returns one embedding, (B, D), or a dict of several by name. With audio clips, it takes (B, L) float32 and, only
+    if some are padded, the length of each clip in audio samples, (B,) int64. It is called in eval mode, without
+    gradients, in the run's precision.
 
     Logged: ``metrics/{dataset}/bank_{train|test}/top{k}`` for the headline; with ``all_embeddings`` also
     ``metrics/{dataset}/bank_{train|test}/top{k}/{embedding}`` for each; the same below
@@ -65,40 +66,41 @@ class ZeroShotRetrieval(Callback):
     the keys above without ``metrics/``. For example, ``EarlyStopper("mean/top1", "retrieval", patience="9ba")`` works.
 
     Args:
-        datasets: Name → labeled images; each split is the bank for the other's queries. For a set without labels,
+        datasets: Name → labeled images or clips, in the splits train and test. For a set without labels,
             agreement (only if there is a teacher) and instance are measured, whatever ``probes`` says.
         interval: Time between evaluations, a Composer time string.
-        ks: Measure the accuracy among the k nearest, for each k.
+        ks: The k of top-k: a query is right if one of its k nearest samples of the bank has its label.
         embed: Function to use instead of the model's own method.
-        headline: Name of the embedding that tables show and the short keys report, for a model with several.
+        headline: Name of the embedding that tables show and the short keys report, for a model with several embeddings.
         all_embeddings: Measure the model's other embeddings, too.
         baselines: Name → embed function, measured once at the start, to compare the model with. Default: the model's
             ``retrieval_baselines()``, if it has that method.
-        at_start: Evaluate the untrained model as well.
-        probes: Further measures of the test images. ``knn`` classifies an image by its 20 nearest train images (DINO's
-            weighted vote, and the majority), ``linear`` by a logistic regression (seconds for each embedding).
+        at_start: Also evaluate the model before its first batch.
+        probes: Names of further measures of the test images. ``knn`` classifies an image by its 20 nearest train images
+            (DINO's weighted vote, and the majority), ``linear`` by a logistic regression (seconds for each embedding).
             ``agreement`` is the share of an image's 10 nearest test images that the baseline named teacher finds, too,
             in its embedding of the same name. ``instance`` tells whether one augmented view of an image finds the
             other. ``zero_shot``, in sets with ``class_embeddings``, tells whether the text embedding of an image's
             class is the nearest to its embedding.
-        augment: Makes the views for ``instance``.
-        align: Fits the student's alignment: before each evaluation if ``headline`` is the embedding or a probe needs
-            it, otherwise only at the end of training.
-        models: Name → model, for ``student``, ``teacher`` and any other baseline: results say what their embeddings
-            are, and the student's is looked up in the teacher's index if both are in one space.
-        should_stop: Asked before each batch of images; must be False until training begins, and the same on all ranks.
-            True ends the evaluation; the run that resumes repeats it first.
-        device_batch_size: Images embedded at once on each device.
+        augment: The augmentation that makes the two views for ``instance``.
+        align: The callback that fits the student's alignment: before each evaluation if ``headline`` is ``embedding``
+            or a probe needs the alignment, otherwise only at the end of training.
+        models: Name → model, for ``student``, ``teacher`` and any other baseline. With them, results describe the
+            embeddings, and the student's queries are also looked up in the teacher's if both are in one space.
+        should_stop: Function that is called before each batch of samples. It must return False until training begins,
+            and the same on all ranks. True ends the evaluation; the run that resumes repeats it first.
+        device_batch_size: Number of images or clips embedded at once on each device.
         progress_bar: Show a bar on rank 0's terminal.
 
     Attributes:
         history: One entry for each evaluation, oldest first: ``{"batch": int, "metrics": {key: accuracy}}``; kept in
             checkpoints.
         baseline_metrics: Log key → accuracy of the baselines; kept in checkpoints.
-        results: Results in the headline, for tables and the report: those of the baselines, of the student
+        results: Results in the headline embedding, for tables and the report: those of the baselines, of the student
             before training and of the student as last measured, with its batch; kept in checkpoints. The results of
             student and teacher include each test image's nearest train images, as many as the largest of ``ks``.
-        conditions: For every set that the run ever measured, what its numbers depend on; kept in checkpoints.
+        conditions: Dotted name → text: what the numbers of each set that the run ever measured depend on; kept in
+            checkpoints.
         was_stopped: True if ``should_stop`` ended the last evaluation; kept in checkpoints.
 
     Example:
@@ -130,7 +132,7 @@ class ZeroShotRetrieval(Callback):
         if not {*known} >= {*probes}:
             raise ValueError(f"probes must be among {', '.join(known)}, got {', '.join(probes)}")
         if "agreement" in probes and baselines is not None and TEACHER not in baselines:
-            raise ValueError("agreement needs a baseline named teacher")
+            raise ValueError("the probe agreement needs a baseline named teacher")
         has_teacher = baselines is None or TEACHER in baselines  # else fit_start asks the model
         self.settings = Settings(
             headline,
@@ -221,14 +223,15 @@ class ZeroShotRetrieval(Callback):
             self.measure_student(state, logger)
 
     def measure_baselines(self, state: State, logger: Logger) -> None:
-        """Measure the rows that training does not change on all sets; then keep and log the results."""
+        """Measure, on all sets, the rows of the tables that training does not change; keep and log the results."""
         rows = rows_of(self.baselines or {})
         self.baseline_metrics = self._measure(rows, {row.title for row in rows}, state, logger)
 
     def measure_student(self, state: State, logger: Logger) -> None:
-        """Measure the student's rows on all sets; then keep and log the results.
+        """Measure the student's rows of the tables on all sets; keep and log the results.
 
-        The student's alignment is fitted first, where it is needed. All earlier results of the student are dropped.
+        The student's alignment is fitted first, where it is needed. The results replace earlier ones of the student,
+        but not those of the untrained student.
         """
         batch = int(state.timestamp.batch)
         student = STUDENT if batch else UNTRAINED
@@ -245,12 +248,12 @@ class ZeroShotRetrieval(Callback):
         run_evaluation_events(state, logger, metrics)
 
     def infos(self) -> dict[str, EmbeddingInfo]:
-        """Return name → what the model's embedding is, for the models that are known."""
+        """Return name → description of the embedding, for each model that is known."""
         names = {UNTRAINED: STUDENT, "encoder": TEACHER} | {name: name for name in self.models}
         return {name: self.models[model].embedding for name, model in names.items() if model in self.models}
 
     def weights(self, rows: Sequence[Row]) -> dict[str, str]:
-        """Return name → hash of the model's weights, for the rows' models that are known."""
+        """Return name → hash of the weights, for each known model that embeds queries of the rows."""
         names = {name: {UNTRAINED: STUDENT}.get(name, name) for name in (row.queries.model for row in rows)}
         return {name: self.models[model].identify_weights() for name, model in names.items() if model in self.models}
 
@@ -312,7 +315,8 @@ class ZeroShotRetrieval(Callback):
 def run_evaluation_events(state: State, logger: Logger, metrics: Mapping[str, float]) -> None:
     """Give accuracies to other callbacks as Composer's Trainer does after an evaluation of its own.
 
-    Loggers get no events: Composer's own would look for this evaluation in the Trainer, and the numbers are logged.
+    Loggers get no events: Composer's loggers would look for this evaluation in the Trainer, and the accuracies are
+    logged already.
     """
     state.eval_metrics["retrieval"] = {}
     for key, accuracy in metrics.items():

@@ -1,7 +1,7 @@
-"""The checkpoints of a run: their names and order, and how they are read and downloaded.
+"""Read and download a run's checkpoints, and order them by their names.
 
-Files with other names are ignored. Composer's own autoresume runs any code that the target of ``latest-rank0.pt``
-names, and cannot tell a store that denies access from one without checkpoints.
+Files with other names are ignored. Composer's own autoresume is not used: it runs any code in the file that
+``latest-rank0.pt`` points at, and cannot tell a store that denies access from a store without checkpoints.
 """
 
 import datetime
@@ -36,7 +36,7 @@ from d2v_composer.system.files import check_owned
 CHECKPOINT_NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
 LATEST = "latest-rank0.pt"
 BEST = "best-rank0.pt"
-# Composer's pointer in a store: a small file with a key.
+# Composer's pointer in a store: a small file that contains the key of the newest checkpoint.
 STORED_POINTER = f"{LATEST}.symlink"
 LOG = "log.jsonl"
 # A run may save a newer checkpoint and remove the one that is being read; its pointer is missing for a moment.
@@ -59,49 +59,49 @@ log = logging.getLogger(__name__)
 
 
 class CorruptCheckpointError(InputError):
-    """A truncated or corrupt checkpoint; a resumed run uses the one before it."""
+    """A checkpoint is truncated or corrupt; a resume then uses the checkpoint before it."""
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint that was read."""
+    """The contents of a checkpoint, and its path."""
 
     path: Path
     contents: Record
-    """The state as Composer saves it; a file from elsewhere may hold anything."""
+    """The dict that Composer saves, with the key ``state``; a file from elsewhere may hold anything."""
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The state dict of the model."""
+        """The model's state dict: name → tensor."""
         return self.contents["state"]["model"]
 
     @property
     def algorithms(self) -> list[str]:
-        """The names of the run's algorithms."""
+        """The class names of the run's algorithms."""
         return [name for name, _ in self.contents["state"]["algorithms"]]
 
     def trained(self, unit: str) -> int:
-        """Return how long the run has trained, in ``batch`` or ``epoch``."""
+        """Return the number of batches or of epochs that the run had trained; ``unit`` is ``batch`` or ``epoch``."""
         return int(self.contents["state"]["timestamp"]["Timestamp"][unit])
 
     def saved_by(self, callback: str) -> Record:
-        """Return what a callback saved, given its class's name; empty if the run had none."""
+        """Return a callback's saved state, given the name of its class; {} if the run had no such callback."""
         return self.contents["state"]["callbacks"].get(callback, {})
 
     @property
     def record(self) -> Record:
-        """The record of the run."""
+        """The run's record, as in its ``run.yaml``."""
         return self.saved_by("RunRecord")["record"]
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a run's checkpoint: verify its checksums, then its contents, without running its code.
+    """Read a run's checkpoint, without running code in it, and verify its checksums and contents.
 
     Raises:
         CorruptCheckpointError: The file is truncated or corrupt.
-        InputError: The file cannot be read, or no run of this package wrote it.
+        InputError: The file cannot be read, no run of this package wrote it, or a weight is not finite.
     """
     check_archive(path, CorruptCheckpointError)
-    foreign = f"{path} is not a checkpoint written by recipes/train.py"
+    foreign = f"{path} is not a checkpoint of a d2v_composer run"
     try:
         with torch.serialization.safe_globals(OUR_GLOBALS):
             # Without mmap, torch reads as many numbers as the pickle says, even if the record has fewer.
@@ -119,10 +119,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def read_newest(path: Path, read: Callable[[Path], ReadT]) -> ReadT:
-    """Read a file, or the target of a run's pointer; retry if the run has replaced it meanwhile.
+    """Read a file or, given the link ``latest-rank0.pt``, its target; retry if the run replaces the target meanwhile.
 
     Raises:
-        InputError, OSError: ``read`` raised it for a file that is still the newest.
+        InputError, OSError: ``read`` raised this error for a file that was not replaced, or in the last attempt.
     """
     for attempt in range(READ_ATTEMPTS):
         with reading(path):
@@ -137,7 +137,11 @@ def read_newest(path: Path, read: Callable[[Path], ReadT]) -> ReadT:
 
 
 def fetch_model(path: str | Path) -> Path:
-    """Return a file's local path, like :func:`fetch`. The error for a run's folder names its newest checkpoint."""
+    """Return the local path of a model's file, like :func:`fetch`.
+
+    Raises:
+        InputError: The file cannot be fetched; or ``path`` is a run's folder (the message names its newest checkpoint).
+    """
     with reading(path):
         if not is_remote(path) and (newest := Path(path) / LATEST).exists():
             raise InputError(f"{path} is the folder of a run, not a model's file; its newest checkpoint is {newest}")
@@ -145,12 +149,12 @@ def fetch_model(path: str | Path) -> Path:
 
 
 def newest_first(names: Iterable[str], pointed_at: str | None = None) -> list[str]:
-    """Return the checkpoints among file names, from the pointer's target to the oldest.
+    """Return the names of checkpoints among file names: the pointer's target first, the oldest last.
 
     Args:
-        names: File names; those of other files are ignored.
-        pointed_at: The pointer's target. Later checkpoints are ignored: the run was restarted before them. ``None``
-            keeps all.
+        names: File names; those of other files are left out.
+        pointed_at: Name of the checkpoint that the pointer names. Later checkpoints are left out, because the run was
+            restarted before them. ``None``, or a name of another kind: no checkpoint is left out.
     """
     checkpoints = sorted(filter(CHECKPOINT_NAME.fullmatch, names), key=_age, reverse=True)
     if pointed_at is None or not CHECKPOINT_NAME.fullmatch(pointed_at):
@@ -164,7 +168,11 @@ def _age(name: str) -> tuple[int, ...]:
 
 
 def stored_checkpoints(address: str) -> list[str]:
-    """Return the names of a store's checkpoints in the order of :func:`newest_first`; empty without a pointer."""
+    """Return the names of a store's checkpoints in the order of :func:`newest_first`; none if it has no pointer.
+
+    Raises:
+        InputError: The store cannot be listed, or has no pointer but files that are not of a run.
+    """
     try:
         names = retry(lambda: list_names(address), address, RETRY_SECONDS)
     except Exception as error:
@@ -180,12 +188,12 @@ def stored_checkpoints(address: str) -> list[str]:
 
 
 def download_checkpoint(address: str, path: Path) -> None:
-    """Download a checkpoint, even if ``path`` exists: the store may have a newer one.
+    """Download a checkpoint, and replace the file ``path``, because the address may have a newer checkpoint.
 
     Args:
-        address: https://…, or an address in an object store, where a small file stands for ``latest-rank0.pt`` and has
-            the name of the newest checkpoint.
-        path: The local file.
+        address: An https:// or object store address. In a store, ``latest-rank0.pt`` stands for the pointer file
+            ``latest-rank0.pt.symlink``, which contains the name of the newest checkpoint.
+        path: The local file to write.
 
     Raises:
         InputError: The checkpoint does not exist, or cannot be read.
@@ -198,18 +206,21 @@ def download_checkpoint(address: str, path: Path) -> None:
 
 
 def _read_pointer(address: str) -> str | None:
-    """Return the checkpoint name in a store's pointer; ``None`` without a pointer."""
+    """Return the name of the checkpoint in the pointer file at ``address``; ``None`` if there is no such file."""
     with TemporaryDirectory() as folder:
         pointer = Path(folder) / STORED_POINTER
         return Path(pointer.read_text().strip()).name if download(address, pointer) else None
 
 
 def download(address: str, path: Path) -> bool:
-    """Download a file, with retries while the store is unreachable; return False if it does not exist."""
+    """Download a run's file, with retries while the store is unreachable; return False if the file does not exist.
+
+    Raises:
+        InputError: The file cannot be read, for instance because the store denies access.
+    """
     try:
         return download_existing(address, path)
     except Exception as error:
         raise InputError(
-            f"{address} cannot be read ({reason(error)}), so the newest checkpoint is unknown: a run in a store needs "
-            "permission to read and list objects"
+            f"{address} cannot be read ({reason(error)}); a run in a store needs permission to read and to list objects"
         ) from error

@@ -1,4 +1,4 @@
-"""Read fairseq's data2vec 2.0 checkpoints, and load and convert teachers."""
+"""Read fairseq checkpoints of data2vec 2.0 and EAT; load them as teachers, and convert them."""
 
 import datetime
 from pathlib import Path
@@ -39,24 +39,29 @@ DEPTH = TOP_K = 8
 
 
 def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> tuple[Data2Vec2, list[str]]:
-    """Read and check a fairseq checkpoint, ``file``, without running its code; errors name its address, ``path``.
+    """Read and check a fairseq checkpoint, without running its code.
+
+    Args:
+        path: The checkpoint's path or address, for messages and for the teacher's provenance.
+        file: The local file.
+        weights: ``model``, or ``ema`` for the moving average.
 
     Returns:
-        The teacher, and the names of unused tensors, as in the file.
+        The teacher, and the file's names of the tensors that the teacher does not use.
 
     Raises:
-        InputError: The file is corrupt, of another format, modality or kind, or lacks a tensor.
+        InputError: The file is corrupt, of another format, modality or kind, or lacks a tensor or the EMA weights.
     """
     checkpoint = load_untrusted(file)
     stored, sizes = _section(checkpoint, "model"), _section(_section(checkpoint, "cfg"), "model")
     if is_checkpoint(checkpoint):
         raise InputError(f"{path} is a training checkpoint, not a teacher; the run.yaml beside it names its teacher")
     if stored is None or sizes is None:
-        raise InputError(f"{path}: not a fairseq data2vec 2.0 checkpoint: it has no dicts 'model' and cfg['model']")
+        raise InputError(f"{path}: not a fairseq data2vec 2.0 checkpoint: it lacks the dict 'model' or cfg['model']")
     prefix = next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in stored)), None)
     if prefix is None:
         raise InputError(
-            f"{path}: fine-tuned, or neither a data2vec 2.0 nor an EAT checkpoint; expected tensors "
+            f"{path}: not a pre-trained data2vec 2.0 or EAT checkpoint, or fine-tuned since: it has no tensors named "
             f"{' or '.join(f'{start}*' for start in PREFIXES)}"
         )
     kind = PREFIXES[prefix]
@@ -90,7 +95,10 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> t
 
 
 def _section(container: object, name: str) -> Record | None:
-    """Return the value of a name in a section (a dict or another program's object); ``None`` if it is missing."""
+    """Return the dict under ``name`` in a dict or a :class:`Stub`, with string keys only.
+
+    ``None`` if ``name`` is missing, or its value is not a dict.
+    """
     # dict's own methods: a pickle may set attributes of an OrderedDict, such as `items`.
     section = dict.get(container, name) if isinstance(container, dict) else None
     section = dict.get(section, "_content", section) if isinstance(section, Stub) else section  # OmegaConf's
@@ -100,7 +108,7 @@ def _section(container: object, name: str) -> Record | None:
 
 
 def _fields(section: Record) -> Record:
-    """Return the fields that a section sets, but not interpolated ones: they equal our defaults."""
+    """Return the fields that a section sets, except interpolated ones, ``${…}``, which equal our defaults."""
     values = {name: value.get("_val") if isinstance(value, Stub) else value for name, value in section.items()}
     # Not str(value): a list may hold another one twice, 60 times over.
     return {
@@ -111,13 +119,18 @@ def _fields(section: Record) -> Record:
 
 
 def _read_config(kind: type[Any], model: Record, section: Record) -> TeacherConfig:
-    """Read a teacher's sizes, with data2vec's defaults for missing fields; the shape of ALiBi's scale comes later.
+    """Read a teacher's sizes, with data2vec's defaults for missing fields, but without the shape of ALiBi's scale.
+
+    Args:
+        kind: Class of the encoder's config.
+        model: Fields of the file's ``cfg["model"]``.
+        section: Fields of the modality's encoder.
 
     Raises:
         ValueError: The sizes are not those of a supported teacher.
     """
     if model.get("layer_norm_first"):
-        raise ValueError("pre-norm models (layer_norm_first: true) are not supported; the released ones are post-norm")
+        raise ValueError("pre-norm models (layer_norm_first: true) are not supported; released models are post-norm")
     alibi_kind = section.get("alibi_dims", 2), section.get("alibi_distance", "manhattan"), section.get("learned_alibi")
     if section.get("use_alibi_encoder") and (alibi_kind[:2] != (2, "manhattan") or alibi_kind[2]):
         raise ValueError(
@@ -140,10 +153,10 @@ def _read_config(kind: type[Any], model: Record, section: Record) -> TeacherConf
 
 
 def load_data2vec2(path: str | Path, weights: Weights) -> Data2Vec2:
-    """Load a frozen teacher; see :func:`~d2v_composer.checkpoints.load.load_teacher`.
+    """Load a frozen data2vec 2.0 or EAT teacher; see :func:`~d2v_composer.checkpoints.load.load_teacher`.
 
     Raises:
-        InputError: The file does not exist, or is not a supported teacher.
+        InputError: The file does not exist, is not a supported teacher, or lacks these weights.
     """
     file = fetch_model(path)
     if not is_safetensors(file):
@@ -156,8 +169,8 @@ def load_data2vec2(path: str | Path, weights: Weights) -> Data2Vec2:
             config = read_config(TeacherConfig, stored.config)
         if file_weights != weights:
             raise InputError(
-                f"{path} was converted with --weights {file_weights}, and has no {weights} weights; convert it again "
-                f"with --weights {weights}"
+                f"{path} was converted with --weights {file_weights}, and has no {weights} weights; convert the "
+                f"original checkpoint with --weights {weights}"
             )
         teacher = build_loaded(path, lambda: Data2Vec2(config, stored.provenance), stored.tensors)
     with errors_of(str(path)):
@@ -178,18 +191,20 @@ def convert_teacher(
     Args:
         source: Path or address of the checkpoint.
         out: The file to write.
-        weights: The weights to keep.
+        weights: The weights to keep: ``model``, or ``ema`` for the moving average.
         dtype: Stored dtype; a loaded teacher is float32 in any case.
-        license: A note on the weights' license for the metadata.
-        embedding: Name of the teacher's embedding for the metadata; default: that of its kind.
-        spectrogram: For EAT: ``target_length``, by default the file's; ``log_mel_mean`` and ``log_mel_std``, by default
-            AudioSet's.
+        license: A note on the weights' license for the metadata; default: a note on the license of released weights.
+        embedding: Name of the raw embedding that is the teacher's embedding, such as ``output_cls``; default: the usual
+            one of its kind. The name is written to the metadata.
+        spectrogram: For EAT: ``target_length`` in frames, by default the file's; ``log_mel_mean`` and ``log_mel_std``,
+            by default AudioSet's.
 
     Returns:
-        The teacher, and the names of unused tensors, as in the file.
+        The teacher, and the checkpoint's names of the tensors that the teacher does not use.
 
     Raises:
-        InputError: The checkpoint does not exist, or is not a supported teacher; or ``out`` cannot be written.
+        InputError: The checkpoint does not exist, is not a supported teacher, or does not fit an argument.
+        RunError: ``out`` cannot be written.
     """
     file = fetch_model(source)
     if is_safetensors(file):

@@ -52,8 +52,8 @@ def load_teacher(
 
     Args:
         path: A local path, https://, or an object store's address (cached until it changes). data2vec 2.0: a .pt of
-            fairseq or a file of ``convert_teacher``, which says whether it is of images or audio. timm: a .safetensors
-            or PyTorch file; ``None``: timm's pretrained weights, from the Hugging Face hub or its cache.
+            fairseq or a file of ``convert_teacher``, which says whether the teacher takes images or audio. timm: a
+            .safetensors or PyTorch file; ``None``: timm's pretrained weights, from the Hugging Face hub or its cache.
         weights: For data2vec 2.0: ``model``, or ``ema`` for the moving average. A converted file holds one of the two.
         model: ``data2vec2``; ``timm/NAME``, with a NAME that ``timm.create_model`` takes; or ``ext/NAME``, a teacher
             that an installed package offers.
@@ -63,11 +63,11 @@ def load_teacher(
             this model.
 
     Returns:
-        A :class:`~d2v_composer.models.teacher.Teacher`, whose ``config`` has the sizes and whose ``provenance`` has the
-        origin. Its ``blocks`` are those after the encoder; the teacher of ``ext/NAME`` may have none.
+        A :class:`~d2v_composer.models.teacher.Teacher`, whose ``config`` has the sizes and whose ``provenance`` says
+        where it is from. Its ``blocks`` are those after the shared encoder; the teacher of ``ext/NAME`` may have none.
 
     Raises:
-        InputError: The file does not exist, or is not a supported teacher.
+        InputError: The file does not exist, is not a supported teacher, or does not fit an argument.
 
     Example:
         >>> teacher = load_teacher("teacher.safetensors")
@@ -100,15 +100,15 @@ def load_teacher(
 
 
 def load_same_teacher(source: str, record: Record, **options: Json) -> Teacher:
-    """Load the teacher that a student's record names.
+    """Load a student's teacher, and check that it is the teacher that the student's record names.
 
     Args:
-        source: The path of :func:`load_teacher`; or ``timm/NAME``, for timm's pretrained weights.
-        record: The student's.
-        **options: Those of :func:`load_teacher`.
+        source: ``path`` of :func:`load_teacher`; or ``timm/NAME``, for timm's pretrained weights.
+        record: The record of the run that distilled the student.
+        **options: Further arguments of :func:`load_teacher`.
 
     Raises:
-        InputError: As :func:`load_teacher`; or it comes from another file. A converted file counts as the original.
+        InputError: The teacher cannot be loaded, or is another teacher. A converted file counts as the original.
     """
     teacher = load_teacher(None if source == options.get("model") else source, **options)
     if not is_teacher_of(record, teacher.provenance):
@@ -122,30 +122,31 @@ def load_external(path: str | Path | None, model: str) -> Teacher:
     """Load the teacher ``ext/NAME`` that an installed package offers; the package receives ``path``.
 
     Raises:
-        InputError: No package offers this teacher, or several do; or what the package offers is no teacher.
+        InputError: No package offers this teacher, or several do; or the package fails, or returns no teacher.
     """
     with errors_of("model"):
         entry = find_entry_point(ENTRY_POINTS, model.removeprefix(PACKAGE_PREFIX))
     if entry is None:
         raise InputError(
-            f"model: no installed package offers {model} by an entry point of the group {ENTRY_POINTS}; pass a "
-            "teacher made in Python: train_student(config, teacher=…)"
+            f"model: no installed package offers {model} by an entry point of the group {ENTRY_POINTS}; install "
+            "such a package, or pass a teacher made in Python: train_student(config, teacher=…)"
         )
     with errors_of(f"model: {model} from {entry.value}"):
         teacher = entry.load()(path)
     if not isinstance(teacher, Teacher):
-        raise InputError(f"model: {model} must be a FrozenModel, got {type(teacher).__name__} from {entry.value}")
+        raise InputError(f"model: {model}: expected a FrozenModel, got {type(teacher).__name__} from {entry.value}")
     return teacher
 
 
 def save_student(student: Backbone, out: Path, when_complete: Callable[[], object] = lambda: None) -> None:
     """Write a student with all that :func:`load_student` needs: encoder, blocks, sizes, preprocessing, provenance.
 
-    A student with a head is written as a classifier, for timm; a student that is a timm model, under timm's names.
-    ``when_complete`` is called just before the file appears.
+    A student with a head is written as a classifier that timm can load. The tensors of a student that is a timm model
+    get timm's names. ``when_complete`` is called just before the file appears.
 
     Raises:
-        InputError: timm would compute something else with the file.
+        InputError: timm would compute other outputs with the file.
+        RunError: The file cannot be written.
     """
     kind = "classifier" if isinstance(student.head, nn.Linear) else "student"
     sizes, tensors = convert_to_timm(out, student)
@@ -153,7 +154,7 @@ def save_student(student: Backbone, out: Path, when_complete: Callable[[], objec
 
 
 def load_student(path: str | Path) -> Backbone:
-    """Load an exported student, with its classifier if it was fine-tuned; it needs no teacher, checkpoint or YAML.
+    """Load an exported student, with its classifier if it was fine-tuned; no teacher, checkpoint or YAML is needed.
 
     Args:
         path: A file of ``d2v export``: a local path, https://, or an object store's address (cached until it changes).
@@ -161,11 +162,12 @@ def load_student(path: str | Path) -> Backbone:
     Returns:
         A :class:`~d2v_composer.models.student.Student`, the frozen encoder and the trained blocks, or a
         :class:`~d2v_composer.models.timm_network.TimmStudent`; in eval mode and float32.
-        :meth:`~d2v_composer.models.backbone.Backbone.embed` computes an embedding; ``provenance`` is the record of the
-        run. On a GPU, torch rounds convolutions to 10 bits unless you set ``torch.backends.cudnn.allow_tf32`` to false.
+        :meth:`~d2v_composer.models.backbone.Backbone.embed` embeds a batch; ``provenance`` is the record of the run. On
+        a GPU, torch rounds the inputs of convolutions to TF32's 10 bits unless you set
+        ``torch.backends.cudnn.allow_tf32`` to false.
 
     Raises:
-        InputError: The file does not exist, or does not hold a student.
+        InputError: The file does not exist or does not hold a student, or the installed timm computes other outputs.
 
     Example:
         >>> student = load_student("student.safetensors")
@@ -194,13 +196,14 @@ def load_models(path: str, weights: Weights = "model", teacher: str | None = Non
         path: A data2vec 2.0 teacher's file, as for :func:`load_teacher`; an exported or fine-tuned student, or a
             training checkpoint.
         weights: Argument of :func:`load_teacher`, for a teacher's file.
-        teacher: Path of the student's teacher; for a checkpoint, the default is the path used in training.
+        teacher: Path of the student's teacher. Default: for a checkpoint of a distillation, the path used in training;
+            for another student, no teacher is loaded.
 
     Returns:
         A student and its teacher, or ``None`` in place of an unknown teacher; for a teacher's file, the teacher twice.
 
     Raises:
-        InputError: The file is corrupt, or not supported.
+        InputError: The file is missing, corrupt or not supported, or the teacher cannot be loaded or is another.
     """
 
     def load(file: Path) -> Models:
@@ -236,7 +239,10 @@ def _with_teacher(student: Backbone, path: str | None) -> Models:
 
 
 def _as_estimated(teacher: Teacher | None, student: Backbone) -> Teacher | None:
-    """Return a teacher whose embedding is the one that the student estimates or, without an alignment, the run's."""
+    """Choose a teacher's embedding, and return the teacher.
+
+    It is the embedding that the student's alignment estimates or, without an alignment, the one that the run chose.
+    """
     if teacher is not None and student.embedding.made_by == "raw":  # may have another name, such as a timm student's
         chosen: Any = value_at(distillation_of(student.provenance), "config.alignment") or {}
         teacher.use_embedding(chosen.get("pooling"), chosen.get("representation"))
@@ -246,7 +252,7 @@ def _as_estimated(teacher: Teacher | None, student: Backbone) -> Teacher | None:
 
 
 def _load_checkpoint(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
-    """Load the models in a checkpoint from ``recipes/train.py`` or ``recipes/finetune.py``."""
+    """Load the models in a checkpoint of a distillation, fine-tuning or detection run."""
     try:
         if "model" in checkpoint.record:
             return _with_teacher(_load_finetuned(checkpoint), teacher_path)
@@ -255,12 +261,12 @@ def _load_checkpoint(checkpoint: Checkpoint, teacher_path: str | None) -> Models
         raise
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(
-            f"{checkpoint.path}: not a checkpoint written by recipes/train.py ({type(error).__name__}: {error})"
+            f"{checkpoint.path} is not a checkpoint of a d2v_composer run ({type(error).__name__}: {error})"
         ) from error
 
 
 def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
-    """Load a training run's student, with the run's record and results as provenance, and its teacher."""
+    """Load a distillation run's student, with the run's record and results as provenance, and the teacher."""
     path, aligned = checkpoint.path, checkpoint.saved_by("AlignStudent")
     record = checkpoint.record | _results_of(checkpoint)
     sizes = read_sizes(path, record["student"]["sizes"])
@@ -281,7 +287,7 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
         record["alignment"] = about
         if (fitted := aligned["batch"]) != (trained := checkpoint.trained("batch")):
             log.warning(
-                "%s: the alignment was fitted at batch %d, but the student's weights are of batch %d",
+                "%s: the alignment was fitted at batch %d, but the student's weights are those of batch %d",
                 path,
                 fitted,
                 trained,
@@ -291,9 +297,9 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
 
 
 def _results_of(checkpoint: Checkpoint) -> Record:
-    """Return the section ``results`` of a run's record: its last accuracies, and what embedded each row's queries.
+    """Return the section ``results`` for a run's record: the last accuracies, and what embedded each row's queries.
 
-    There is no section if the run measured nothing.
+    The returned dict is empty if the run measured nothing.
     """
     saved = checkpoint.saved_by("ZeroShotRetrieval")
     if not saved.get("history"):
@@ -307,10 +313,13 @@ def _results_of(checkpoint: Checkpoint) -> Record:
 
 
 def _load_teacher_of(record: Record, path: Path, teacher_path: str | None) -> Teacher | None:
-    """Load the teacher of a training run whose checkpoint is ``path``, from ``teacher_path`` or where the run had it.
+    """Load a distillation run's teacher, from ``teacher_path`` or, by default, from where the run loaded it.
 
     Returns:
-        The teacher; ``None``, with a warning, if the run's is gone and the student has an encoder of its own.
+        The teacher; ``None``, with a warning, if it cannot be loaded from there, and the student has its own encoder.
+
+    Raises:
+        InputError: The teacher at ``teacher_path``, or one whose encoder the student shares, cannot be loaded.
     """
     options = dict(record["config"]["teacher"])
     trained_with, model = options.pop("checkpoint"), options["model"]
@@ -334,10 +343,10 @@ def own_parts(student: Backbone) -> nn.ModuleDict:
 
 
 def _load_finetuned(checkpoint: Checkpoint) -> Backbone:
-    """Load a fine-tuned student with its head; the run's record is its provenance."""
+    """Load the student of a fine-tuning run, with its classifier, or of a detection run; set its provenance."""
     path, record = checkpoint.path, checkpoint.record
     if record["model"]["kind"] != "student":
-        raise InputError(f"{path} is a fine-tuned teacher, which can neither be exported nor embed images")
+        raise InputError(f"{path} is a fine-tuned teacher, which can be neither exported nor used to embed")
     prefix = record["model"].get("prefix", "backbone.")  # a detector's backbone is deeper, and its heads stay there
     names = (name for name in checkpoint.tensors if name.startswith((prefix, "head.")))
     tensors = {name.removeprefix(prefix): checkpoint.tensors[name] for name in names}
@@ -347,7 +356,7 @@ def _load_finetuned(checkpoint: Checkpoint) -> Backbone:
 def _build_with_head(
     path: ModelName, sizes: NetworkSizes | StudentSizes, tensors: Tensors, provenance: Record
 ) -> Backbone:
-    """Build a student, with a classifier if the tensors have one."""
+    """Build a student, with a classifier if ``tensors`` include the weights of one."""
     head = {name.removeprefix("head."): tensor for name, tensor in tensors.items() if name.startswith("head.")}
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
     student = build_student(path, sizes, tensors, provenance)

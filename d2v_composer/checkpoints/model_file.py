@@ -1,7 +1,7 @@
-"""Read and write our own model files: safetensors with a model's kind, sizes and provenance.
+"""Read and write this package's model files: safetensors with a model's kind, sizes and provenance.
 
-A student is blocks on an encoder, or a whole timm model. timm reads only tensors, so a file of blocks has its sizes in
-a tensor, too, ``config_json``; in a file of a timm model, the tensors have timm's own names.
+A student is blocks on an encoder, or a whole timm model. timm reads only tensors, so a file of blocks also has its
+sizes in a tensor, ``config_json``; in a file of a timm model, the tensors have timm's own names.
 """
 
 import json
@@ -38,7 +38,7 @@ from d2v_composer.system.errors import InputError, reading, reason
 from d2v_composer.system.files import out_file
 
 FORMAT_VERSIONS: dict[str, int] = {"teacher": 2, "student": 5, "classifier": 4}
-"""Kind of file → the format version that this package writes, the only one that it reads."""
+"""Kind of file → its format version, the only one that this package writes and reads."""
 # Characters of sizes or provenance. Ours have some thousands; parsed, they take 25 times as many bytes.
 MAX_JSON = 4 << 20
 CONFIG_TENSOR = "config_json"
@@ -48,13 +48,13 @@ DRAWS = (nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_)
 Tensors = Mapping[str, Tensor]
 """Name → tensor, as in a state dict."""
 ModelName = str | Path
-"""The file, or another name of a model, in messages."""
+"""A model's file, or another name of the model, for messages."""
 ConfigT = TypeVar("ConfigT", bound=Config)
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class ModelFile(NamedTuple):
-    """Contents of a safetensors file. A file that another program wrote fills only ``tensors``."""
+    """Contents of a safetensors file. For a file that another program wrote, all fields but ``tensors`` are empty."""
 
     kind: str
     config: Record
@@ -103,7 +103,7 @@ def read_model_file(path: Path) -> ModelFile:
     """Read any safetensors file.
 
     Raises:
-        InputError: The file is truncated or corrupt, or of another format version.
+        InputError: The file is truncated or corrupt, or of this package but in another format version.
     """
     with reading(path):
         with safe_open(path, framework="pt") as file:
@@ -147,7 +147,7 @@ def build_loaded(source: ModelName, build: Callable[[], ModuleT], tensors: Tenso
 
 
 class _Unset(TorchFunctionMode):
-    """Leaves weights unset: to fill some on the meta device, torch imports sympy and its compiler, for seconds."""
+    """Leave weights unset: torch, to fill some on the meta device, would import its compiler and sympy for seconds."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -174,10 +174,10 @@ def check_fits(source: ModelName, build: Callable[[], nn.Module], tensors: Tenso
 
 
 def check_numbers(tensors: Tensors) -> None:
-    """Check that tensors hold finite floating-point numbers; load_state_dict silently converts any others.
+    """Check that tensors hold finite floating-point numbers; load_state_dict silently converts other dtypes.
 
     Raises:
-        ValueError: A tensor holds something else.
+        ValueError: A tensor has another dtype, another layout, a number that is not finite, or too few numbers.
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS or tensor.layout != torch.strided or tensor.is_meta:
@@ -193,7 +193,7 @@ def loading_fault(error: Exception) -> str:
 
 
 def read_config(config_class: type[ConfigT], sizes: Record) -> ConfigT:
-    """Read the sizes in a file.
+    """Validate the sizes in a file, and return them as a config.
 
     Raises:
         ValueError: A field is missing, so that it would get its default; or a value is wrong.
@@ -205,7 +205,7 @@ def read_config(config_class: type[ConfigT], sizes: Record) -> ConfigT:
 
 
 def sizes_of(student: Backbone) -> Record:
-    """Return the sizes of a student and its encoder, and what its embedding is, for JSON."""
+    """Return the sizes of a student and its encoder, and the description of its embedding, for JSON."""
     config, info = student.encoder.config, student.embedding
     space = "" if student.alignment is None else info.space
     embedding = EmbeddingConfig(raw=student.raw_embedding, of=info.of, made_by=info.made_by, space=space)
@@ -242,14 +242,14 @@ def new_student(
     provenance: Record | None = None,
     encoder: Encoder | None = None,
 ) -> Backbone:
-    """Build a student, to load tensors into: with an alignment if they have one.
+    """Build a student to load ``tensors`` into, with an alignment if they include one.
 
     Args:
         sizes, tensors, provenance: See :func:`build_student`.
-        encoder: The teacher's; default: a new one.
+        encoder: The teacher's encoder, to share; default: a new one.
 
     Raises:
-        ValueError: The student has no such embedding.
+        ValueError: ``sizes`` name a raw embedding that the student lacks, or disagree with ``tensors`` on an alignment.
     """
     student: Backbone
     if isinstance(sizes, StudentSizes):
@@ -261,7 +261,7 @@ def new_student(
         student = TimmStudent(sizes.network, provenance)
     info = sizes.embedding
     if info.raw not in student.raw_names or (info.made_by != "raw") != ("alignment.weight" in tensors):
-        raise ValueError(f"expected an embedding that is raw or has an alignment, got {info}")
+        raise ValueError(f"the embedding in its sizes does not fit its model or tensors: {info}")
     student.raw_embedding = info.raw
     if info.made_by != "raw":
         weight, bias = (torch.empty(tensors[f"alignment.{name}"].shape) for name in ("weight", "bias"))
@@ -270,7 +270,7 @@ def new_student(
 
 
 def from_timm(source: ModelName, sizes: NetworkSizes, tensors: Tensors, is_classifier: bool) -> Tensors:
-    """Return the tensors of an exported timm student by our names, with timm's classifier as the alignment or the head.
+    """Give the tensors of an exported timm student our names; timm's classifier becomes the alignment or the head.
 
     Raises:
         InputError: The tensors are not those of this model.
@@ -292,10 +292,10 @@ def from_timm(source: ModelName, sizes: NetworkSizes, tensors: Tensors, is_class
 
 
 def check_timm_outputs(source: ModelName, student: Backbone) -> None:
-    """Check that a student with a timm encoder computes what it did at export, since timm's version may differ.
+    """Check that a student with a timm encoder computes what it did at export, because another timm may be installed.
 
     Raises:
-        InputError: The installed timm computes something else.
+        InputError: The installed timm computes other outputs.
     """
     config = student.encoder.config
     if isinstance(config, TimmConfig) and config.outputs:
@@ -303,7 +303,7 @@ def check_timm_outputs(source: ModelName, student: Backbone) -> None:
             if not is_equal_but_for_rounding(torch.tensor(student.sample_outputs()), torch.tensor(config.outputs)):
                 raise ValueError(
                     f"the installed timm gives different results for {config.model} than timm {config.timm!r:.30}, "
-                    "which exported it: install that version"
+                    "with which the student was exported: install that version"
                 )
 
 
@@ -319,5 +319,5 @@ def build_encoder(config: EncoderConfig) -> Encoder:
 
 
 def config_tensor(sizes: Record) -> Tensor:
-    """Return a student's sizes as JSON bytes, uint8."""
+    """Return a student's sizes as the N bytes of their JSON, (N,) uint8."""
     return torch.tensor(list(json.dumps(sizes).encode()), dtype=torch.uint8)

@@ -35,23 +35,24 @@ def find_newest(
 ) -> Checkpoint | None:
     """Read a run's newest complete checkpoint, from its local folder or its store; ``None`` if there is none.
 
-    Once a checkpoint is accepted, ``latest-rank0.pt`` points at it. With a checkpoint from the store, the log is
-    downloaded, too, because another machine went on with the run.
+    Once a checkpoint is accepted, ``latest-rank0.pt`` points at it. If the checkpoint is from the store, the log and
+    ``best-rank0.pt`` are downloaded, too, because another machine went on with the run.
 
     Candidates are the targets of the pointers ``latest-rank0.pt``, here and in the store, and the checkpoints before
-    them; without a pointer, all local checkpoints. Truncated or corrupt ones are skipped with a warning.
+    them; without a pointer, all local checkpoints. Truncated and corrupt checkpoints are skipped with a warning.
 
     Args:
         folder: The run's folder.
-        accept: Function that raises if a checkpoint is of another run; called before anything changes.
+        accept: Function that raises an exception if the run must not resume from a checkpoint; called before any file
+            changes.
         resumes: If false, checkpoints in the folder are an error.
-        uploads: Upload a local checkpoint, for other nodes, even if the store has one of that name: after a change of
-            machines, that one may differ.
+        uploads: Upload the chosen local checkpoint, for other nodes, even if the store has a checkpoint of that name,
+            which may differ if another machine wrote it.
 
     Raises:
-        InputError: The store cannot be read or holds other files, no checkpoint is complete, a checkpoint is not one
-            of this package, or there are checkpoints although ``resumes`` is false.
-        Exception: ``accept`` raised it.
+        InputError: The store cannot be read or holds other files, none of the checkpoints is complete, this package
+            did not write a checkpoint, or there are checkpoints although ``resumes`` is false.
+        Exception: ``accept`` raised an exception.
         RunError: The store cannot be written.
     """
     pointer = folder.local / LATEST
@@ -105,6 +106,8 @@ def _skipped_if_corrupt() -> Iterator[None]:
 
 def share_newest(folder: RunFolder, resumes: bool, accept: Callable[[Checkpoint], None]) -> Checkpoint | None:
     """Bring rank 0's newest checkpoint to every node, and read it; ``None`` for a new run.
+
+    For the arguments and further errors, see :func:`find_newest`.
 
     Raises:
         InputError: A node cannot get the checkpoint, or has a different file of that name, so that it would train

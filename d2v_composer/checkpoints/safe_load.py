@@ -29,7 +29,7 @@ DIRECTORY = 0x10  # a bit of a ZIP entry's attributes
 
 
 class Stub(dict[Any, Any]):
-    """Stand-in for an object of a class that is not loaded; holds its attributes and items."""
+    """Stand-in for an object whose class is not loaded: a dict of the object's attributes and items."""
 
     __hash__: Any = object.__hash__  # an enum may be a key
 
@@ -41,7 +41,7 @@ class Stub(dict[Any, Any]):
 
 
 def load_untrusted(path: Path) -> Any:
-    """Load any program's PyTorch file; its tensors are on the CPU, and are read from disk when used.
+    """Load any program's PyTorch file without running its code; tensors are on the CPU, read from disk when used.
 
     Raises:
         InputError: The file cannot be read, or is truncated, corrupt, or not a PyTorch file.
@@ -55,12 +55,16 @@ def load_untrusted(path: Path) -> Any:
 
 
 def is_checkpoint(contents: object) -> bool:
-    """Return True if the contents of a file are a Composer checkpoint."""
+    """Return True if the contents of a file have the form of a Composer checkpoint: a dict with the key ``state``."""
     return isinstance(contents, dict) and "state" in contents
 
 
 def check_archive(path: Path, kind: type[InputError] = InputError) -> None:
     """Check an archive before torch reads it: its sizes, checksums and pickle, which torch does not check.
+
+    Args:
+        path: The file.
+        kind: The error to raise for the archive's contents.
 
     Raises:
         InputError: The file cannot be read.
@@ -72,7 +76,9 @@ def check_archive(path: Path, kind: type[InputError] = InputError) -> None:
             raise ValueError(f"it has {num_bytes} bytes; the limit is {LARGEST_FILE}")
         with path.open("rb") as file:
             if file.read(4) != b"PK\x03\x04":  # torch would read another format with other code
-                raise ValueError("not a PyTorch archive; save an older file again with torch >= 1.6")
+                raise ValueError(
+                    "not a PyTorch archive; if torch < 1.6 wrote the file, save it again with a newer torch"
+                )
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             is_odd = any(entry.compress_type or entry.external_attr & DIRECTORY for entry in entries)
@@ -108,7 +114,7 @@ def _check_pickle(pickled: bytes) -> None:
     """Check a pickle's instructions without building any object.
 
     Raises:
-        ValueError: The pickle would take torch's interpreter too long, or more memory than the file has numbers.
+        ValueError: torch would take too long to read the pickle, or would allocate as many bytes as it asks for.
     """
     # For each object in the pickle: how many tuples it is made of.
     stack, marks, memo = list[int](), list[int](), dict[object, int]()
@@ -126,7 +132,7 @@ def _check_pickle(pickled: bytes) -> None:
         elif opcode.name.startswith("TUPLE"):
             stack.append(1 + sum(taken))
             if stack[-1] > MAX_TUPLES:
-                raise ValueError(f"more than {MAX_TUPLES} nested tuples")
+                raise ValueError(f"its pickle has more than {MAX_TUPLES} tuples within a tuple")
         elif "PUT" in opcode.name:
             memo[argument] = stack[-1]
         elif "GET" in opcode.name:

@@ -1,6 +1,6 @@
-"""Save a run's checkpoints: write one, give it its name, upload it, and remove the outdated ones.
+"""Write, name and upload a run's checkpoints, and remove the outdated ones.
 
-The callback :class:`~d2v_composer.callbacks.checkpointing.Checkpoints` decides when.
+The callback :class:`~d2v_composer.callbacks.checkpointing.Checkpoints` decides when to do so.
 """
 
 import logging
@@ -28,10 +28,10 @@ log = logging.getLogger(__name__)
 
 
 def write_state(state: State, path: Path, publish: Callable[[Path, Path], None]) -> None:
-    """Write a run's state to a partial file, which rank 0 then gives its name by ``publish``.
+    """Write a run's state to a partial file, which ``publish(partial, path)`` then renames on rank 0.
 
     Raises:
-        FloatingPointError: A number is not finite.
+        FloatingPointError: A weight, or a number in the optimizer's state, is not finite.
         RunError: The file cannot be written.
     """
     # A kill leaves a file that the next checkpoint replaces.
@@ -47,7 +47,7 @@ def write_state(state: State, path: Path, publish: Callable[[Path, Path], None])
 
 
 def publish(partial: Path, checkpoint: Path) -> None:
-    """Rename a complete checkpoint, then point ``latest-rank0.pt`` at it; readers find the old or the new one."""
+    """Rename a complete checkpoint, then point ``latest-rank0.pt`` at it; readers find the old or the new file."""
     with suppress(FileNotFoundError):
         flush(checkpoint.with_name(LOG))  # a resumed run logs only what follows
     move(partial, checkpoint)
@@ -55,7 +55,7 @@ def publish(partial: Path, checkpoint: Path) -> None:
 
 
 def point_at(checkpoint: Path) -> None:
-    """Let ``latest-rank0.pt`` point at a checkpoint."""
+    """Make the link ``latest-rank0.pt`` point at a checkpoint in the same folder."""
     pointer = checkpoint.with_name(".latest.partial")
     pointer.unlink(missing_ok=True)
     pointer.symlink_to(checkpoint.name)
@@ -64,14 +64,14 @@ def point_at(checkpoint: Path) -> None:
 
 
 def prune(folder: Path, num_to_keep: int) -> None:
-    """Remove the outdated checkpoints from a folder."""
+    """Remove the outdated checkpoints from a folder; see :func:`outdated`."""
     names = [path.name for path in folder.iterdir()]
     for name in outdated(names, (folder / LATEST).readlink().name, num_to_keep):
         (folder / name).unlink(missing_ok=True)
 
 
 def prune_store(address: str, pointed_at: str, num_to_keep: int) -> None:
-    """Remove the outdated checkpoints from a run's folder in S3; a failure must not stop the run."""
+    """Remove the outdated checkpoints from a run's folder in S3; a failure is only logged. Other stores keep all."""
     store, key = open_store(address)
     from composer.utils.object_store import S3ObjectStore
 
@@ -85,7 +85,10 @@ def prune_store(address: str, pointed_at: str, num_to_keep: int) -> None:
 
 
 def outdated(names: Iterable[str], pointed_at: str, num_to_keep: int) -> list[str]:
-    """Return the names of the checkpoints to remove: never the pointer's target or a newer one."""
+    """Return the names of the checkpoints to remove: all that are older than the ``num_to_keep`` newest; -1 keeps all.
+
+    The pointer's target counts as the newest. Checkpoints after it are neither counted nor removed.
+    """
     return [] if num_to_keep < 0 else newest_first(names, pointed_at)[num_to_keep:]
 
 
@@ -101,7 +104,9 @@ def upload_checkpoint(path: Path, address: str) -> None:
 
 
 def upload_missing(folder: RunFolder) -> None:
-    """Upload a run's newest checkpoint if its store lacks it: a run was killed before the upload, or had no store.
+    """Upload a run's newest checkpoint, and the best, if the store lacks the newest.
+
+    This happens if the run was killed before the upload, or had no store.
 
     Raises:
         RunError: The store cannot be written.
@@ -114,10 +119,10 @@ def upload_missing(folder: RunFolder) -> None:
 
 
 def check_finite(checkpoint: dict[str, Any]) -> None:
-    """Check the weights and the optimizer's moments before a checkpoint is written, on all ranks.
+    """Check that the weights and the optimizer's state are finite. Call it on all ranks.
 
     Raises:
-        FloatingPointError: A number is not finite.
+        FloatingPointError: A number is not finite on any rank.
     """
     state = checkpoint["state"]
     tensors = named_tensors({part: state[part] for part in ("model", "optimizers")})
@@ -128,7 +133,7 @@ def check_finite(checkpoint: dict[str, Any]) -> None:
 
 
 def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors in nested containers, named by their keys."""
+    """Yield the tensors in nested containers, each with its name: the keys that lead to it, joined by dots."""
     if isinstance(value, Tensor):
         yield name.removeprefix("."), value
     elif isinstance(value, Mapping | list | tuple):

@@ -1,4 +1,4 @@
-"""A student's file in timm: the line that loads it, the check that it computes the same, timm's interface to it."""
+"""Load a student's file with timm: the line of Python, a check that timm's outputs are equal, and timm's interface."""
 
 import copy
 from collections.abc import Mapping
@@ -30,20 +30,20 @@ from d2v_composer.models.provenance import Record
 from d2v_composer.system.errors import InputError, errors_of, reading
 
 NAME = "d2v2_student"
-"""timm's name of a student of blocks."""
+"""The name by which timm creates a student of blocks."""
 # timm's names of poolings.
 POOLINGS = {"token": "cls", "avg": "mean_patches"}
 
 
 def convert_to_timm(source: ModelName, student: Backbone) -> tuple[Record, Tensors]:
-    """Return a student's sizes and tensors for a file, after a check that timm computes the same with them.
+    """Return a student's sizes and tensors for a file, after a check that timm computes the same outputs with them.
 
     Args:
         source: Name of the student in errors.
         student: The student; if it has a head, the head reads the embedding.
 
     Raises:
-        InputError: timm computes something else.
+        InputError: timm computes other outputs.
     """
     import timm  # takes seconds
 
@@ -75,7 +75,7 @@ def convert_to_timm(source: ModelName, student: Backbone) -> tuple[Record, Tenso
 def timm_arguments(student: Backbone) -> tuple[str, Record]:
     """Return the name and the options with which ``timm.create_model`` builds a student, to load its file.
 
-    Its number of classes is that of the classifier or, without one, the width of the alignment.
+    The option ``num_classes`` is the classifier's number of classes or, without a classifier, the alignment's width.
     """
     if isinstance(student.head, nn.Linear):
         classes = {"num_classes": student.head.out_features}
@@ -101,15 +101,17 @@ class TimmWrapper(nn.Module):
     """timm's interface to a student of blocks: features, pooling, a classifier to fine-tune.
 
     It has no student until it loads a file of ``d2v export``, which has the sizes: timm builds a model first, and
-    names the file afterwards. The encoder stays frozen; the blocks and the head train.
+    loads the file afterwards. The encoder stays frozen; the blocks and the head train.
 
     Args:
-        num_classes: Outputs of the head. The width of the file's alignment: the head is the alignment, and the output
-            is the embedding. 0: no head, the pooled features are the output. Any other number: a new head of zeros.
-        global_pool: ``token``: CLS; ``avg``: the mean of the patches; ``mean``: the mean of all tokens. Default: the
-            poolings that the file's alignment reads, side by side; without an alignment, its raw embedding.
-        representation: The features: ``output`` of the last block, or ``layer_mean``. Default: those that the
-            alignment reads, side by side.
+        num_classes: Number of the head's outputs. The width of the file's alignment: the head is the alignment, and the
+            output is the embedding. 0: there is no head, and the output is the pooled features. Any other number: the
+            head is the file's classifier or, if the file has none, new and of zeros.
+        global_pool: ``token``: the CLS token; ``avg``: the mean of the patches; ``mean``: the mean of all tokens.
+            Default: the poolings that the file's alignment reads, side by side; without an alignment, the pooling of
+            the file's raw embedding.
+        representation: ``output``: the last block's output; ``layer_mean``: the mean of the layers. Default: those that
+            the alignment or the raw embedding reads, side by side.
     """
 
     def __init__(
@@ -153,7 +155,7 @@ class TimmWrapper(nn.Module):
         return self.head
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Map images, (B, 3, S, S), normalized as in ``pretrained_cfg``, or waveforms to features, (B, T, D).
+        """Map images, (B, 3, height, width) as ``pretrained_cfg`` says, or waveforms, (B, L), to features, (B, T, D).
 
         If the head reads both representations, they are side by side, (B, T, 2 D).
         """
@@ -167,12 +169,12 @@ class TimmWrapper(nn.Module):
     def forward_intermediates(
         self, x: Tensor, indices: object = None, output_fmt: str = "NCHW", intermediates_only: bool = False, **_: object
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return the features and a list with their only scale, for timm's ``features_only``.
+        """Return the features, and a list of one feature map, for timm's ``features_only``.
 
         Args:
             x: See :meth:`forward_features`; images.
-            indices: Not used: there is one scale.
-            output_fmt: ``NCHW``: the scale is (B, C, rows, columns); ``NLC``: (B, rows · columns, C).
+            indices: Not used, because there is one map.
+            output_fmt: ``NCHW``: the map is (B, C, rows, columns); ``NLC``: (B, rows · columns, C).
             intermediates_only: Return only the list.
         """
         features = self.forward_features(x)
@@ -202,9 +204,9 @@ class TimmWrapper(nn.Module):
         destination[prefix + CONFIG_TENSOR] = config_tensor(self.sizes.model_dump(mode="json"))
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
-        """Build the student of an exported file, or of this model's own state dict; both are checked.
+        """Build the student from the tensors of an exported file, or of this model's own state dict, and check them.
 
-        If the tensors have no head of this model's size, the model keeps its own.
+        If there is neither a classifier nor an alignment of ``num_classes`` outputs, the model keeps its head.
 
         Raises:
             InputError: The sizes are missing, the tensors do not fit them, or the student lacks the chosen embedding.
@@ -231,6 +233,6 @@ class TimmWrapper(nn.Module):
 
 
 def pretrained_cfg(sizes: StudentSizes | None) -> Record:
-    """Return timm's record of the model, with the preprocessing for timm's ``resolve_data_config``."""
+    """Return timm's record of the model, with the preprocessing that timm's ``resolve_data_config`` reads."""
     preprocessing = {} if sizes is None else sizes.encoder.timm_preprocessing
     return {"architecture": NAME, "num_classes": 0, "classifier": "head", **preprocessing}

@@ -1,7 +1,7 @@
 """Load a timm model as a teacher, with weights from a file or the Hugging Face hub, without running a file's code.
 
-Files are those of timm, or of a model's authors if timm converts them. timm's own filters rename the tensors, and
-resample positions to another image size.
+A file is timm's, or a model's authors' if timm can convert it. timm's own filters rename the tensors, and resample
+positions to another image size.
 """
 
 import re
@@ -54,10 +54,11 @@ def load_timm_teacher(
 ) -> TimmTeacher:
     """Load a frozen teacher ``timm/NAME``; see :func:`~d2v_composer.checkpoints.load.load_teacher`.
 
-    It has the head of a model that shares a space with a text tower, if the file has the head's weights.
+    If the model shares an embedding space with texts, as CLIP does, and the file has the weights of the model's head,
+    the teacher has this head.
 
     Raises:
-        InputError: The model cannot be a teacher, or the file is not one of its weights.
+        InputError: The model cannot be a teacher, or the file does not have the model's weights.
     """
     try:
         built = build_timm_model(model, image_size)
@@ -103,10 +104,10 @@ def fetch_pretrained(model: str, pretrained: Mapping[str, Json]) -> Path:
 
 
 def read_state_dict(file: Path) -> tuple[Tensors, Record]:
-    """Read all tensors of a weight file, and its provenance if it is one of ours.
+    """Read the tensors of a weight file, float ones as float32, and the provenance if this package wrote the file.
 
     Raises:
-        InputError: The file is truncated, or loading it would run code.
+        InputError: The file is truncated, has no dict of tensors, or cannot be loaded without running code.
     """
     contents: Any
     if is_safetensors(file):
@@ -125,7 +126,7 @@ def read_state_dict(file: Path) -> tuple[Tensors, Record]:
 
 
 def load_weights(built: TimmModule, model: str, stored: Tensors) -> bool:
-    """Load a file's tensors through timm's filter, which renames them and resamples positions to the model's grid.
+    """Load a file's tensors into a model through timm's filter, which renames them and resamples positions.
 
     Returns:
         True if the model has a head that gives the embedding ``joint``, and the file has the head's weights.
@@ -148,7 +149,7 @@ def load_weights(built: TimmModule, model: str, stored: Tensors) -> bool:
         warnings.simplefilter("ignore")  # about the speed of timm's resampling
         tensors = checkpoint_filter(built, model)(named, built)
     if biases and not any(name.endswith(BIASES) for name in tensors):
-        raise ValueError(f"the file has {biases[0]}, but not the model; use a timm model whose name ends in _qkvb")
+        raise ValueError(f"the file has {biases[0]}, but the model does not; use a timm model whose name ends in _qkvb")
     if not built.num_classes:  # a head of classes
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(HEADS[:2])}
     check_numbers({name: tensor for name, tensor in tensors.items() if name.startswith((*TRUNK, *HEADS))})
@@ -161,7 +162,7 @@ def load_weights(built: TimmModule, model: str, stored: Tensors) -> bool:
 
 
 def checkpoint_filter(built: TimmModule, model: str) -> Callable[..., Tensors]:
-    """Return the filter that timm's factory uses for a model."""
+    """Return the function by which timm converts a file's tensors for a model of this class and name."""
     if isinstance(built, Eva):
         return eva.checkpoint_filter_fn
     if isinstance(built, Beit):

@@ -61,12 +61,13 @@ class Request(NamedTuple):
     source: str
     """Absolute path, glob or address of the samples."""
     teacher: str
-    """Absolute path or address of a file, or timm/NAME."""
+    """Absolute path or address of the teacher's file, or timm/NAME."""
     out: Path
+    """The run's folder, OUT in messages."""
     column: str | None = None
-    """The column that holds the samples; ``None``: the only such column."""
+    """Name of the column that holds the samples; ``None``: the only column with samples."""
     changes: tuple[str, ...] = ()
-    """Settings that replace the chosen ones, each as dotted.key=value."""
+    """Settings of the user that replace chosen ones, each as dotted.key=value."""
 
     @property
     def settings(self) -> Path:
@@ -74,16 +75,16 @@ class Request(NamedTuple):
         return self.out / SETTINGS
 
     def check(self, **more: Json) -> Record:
-        """Check that OUT, if an earlier call began there, was begun with the same request; settings may differ.
+        """Check that an earlier call, if it began OUT, had the same arguments; ``changes`` may differ.
 
         Args:
-            **more: What else OUT is made from.
+            **more: Further facts that must be the same, such as the number of samples.
 
         Returns:
-            All that OUT is made from, without secrets.
+            The arguments and facts that must be the same, without secrets.
 
         Raises:
-            InputError: An argument was different, or an earlier call's file is damaged.
+            InputError: One of them was different, or the file of the earlier call is damaged.
         """
         about = hide_secrets({"source": self.source, "teacher": self.teacher, "column": self.column, **more})
         path = self.out / REQUEST
@@ -108,7 +109,7 @@ def prepare(request: Request) -> Plan | None:
     Shards that an interrupted call has written are not converted again.
 
     Raises:
-        InputError: OUT is in use or holds other files, or the samples, the teacher or a change cannot be used.
+        InputError: OUT is in use or holds other files; or the samples, the teacher or a changed setting cannot be used.
     """
     if has_begun(request):
         return None
@@ -157,7 +158,7 @@ def make_plan(request: Request, fetched: Path) -> Plan:
         fetched: A folder for the shards of an MDS data set in a store.
 
     Raises:
-        InputError: The samples, the teacher or a change cannot be used.
+        InputError: The samples, the teacher or a changed setting cannot be used.
     """
     # The changes are checked before the teacher is fetched.
     unsized = configure(request, request.out, PRESETS["any"])
@@ -184,7 +185,7 @@ def make_plan(request: Request, fetched: Path) -> Plan:
 
 
 def convert_samples(request: Request, plan: Plan) -> None:
-    """Write request and settings, and convert the held-out and the other samples that are not converted yet.
+    """Write the request and the settings; convert the held-out and the training samples that are not converted yet.
 
     Raises:
         InputError: An earlier call began with other samples or options, or too few samples are left to train on.
@@ -215,10 +216,12 @@ def convert_samples(request: Request, plan: Plan) -> None:
 def configure(
     request: Request, samples: Path, chosen: Mapping[str, Json], path: str | Path = os.devnull
 ) -> TrainConfig:
-    """Return the run's config: a YAML, then the chosen settings, the command's own and the changes; later ones win.
+    """Return the run's config from these settings, of which later ones win.
+
+    They are those of the YAML ``path``, the ``chosen`` ones, the command's own, and the request's changes.
 
     Raises:
-        InputError: A change of a setting is wrong.
+        InputError: A changed setting is invalid.
     """
     is_timm = request.teacher.startswith(TIMM_PREFIX)
     settings = {
@@ -235,7 +238,7 @@ def read_settings(request: Request) -> TrainConfig:
     """Return the config in the ``distill.yaml`` that an earlier call wrote, with this request's changes.
 
     Raises:
-        InputError: A change of a setting is wrong.
+        InputError: A changed setting is invalid.
     """
     with reading(request.settings):
         written = yaml.safe_load(request.settings.read_text())
@@ -246,10 +249,10 @@ def read_settings(request: Request) -> TrainConfig:
 
 
 def update_settings(request: Request, config: TrainConfig, trainer: Trainer) -> None:
-    """Write the settings with which the run goes on.
+    """Write the settings with which the run resumes, unless they would change its results.
 
     Raises:
-        InputError: The run's results depend on a change.
+        InputError: A setting has changed on which the run's results depend.
     """
     before = read_settings(request._replace(changes=()))  # not run.yaml: if OUT was moved, it has the old place
     record = find_callback(trainer.state, RunRecord)
@@ -268,12 +271,12 @@ def write_settings(request: Request, config: TrainConfig) -> None:
 
 
 def as_yaml(value: Json) -> str:
-    """Return a value on one line, as an override has it."""
+    """Return a value as YAML on one line, as in an override ``key=value``."""
     return yaml.safe_dump([value], default_flow_style=True, width=math.inf).strip()[1:-1]
 
 
 def choose_settings(num_samples: int, teacher: TeacherConfig) -> Record:
-    """Choose sizes and duration: the quickstart's on a CPU, the thesis's on GPUs.
+    """Choose sizes and duration: on a CPU as in yamls/quickstart.yaml, on GPUs as in yamls/distill.yaml.
 
     Args:
         num_samples: Number of images or clips in the source.

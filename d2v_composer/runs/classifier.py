@@ -1,6 +1,6 @@
 """A classifier for Composer: a linear head on the embedding of a student or a teacher.
 
-Shapes: B images of S pixels per side, or clips of L samples, T tokens, D channels, C classes.
+Shapes: B images of S pixels per side, or clips of L audio samples, T tokens, D channels, C classes.
 """
 
 from collections.abc import Sequence
@@ -25,8 +25,8 @@ class Classifier(ComposerModel):
     """Train the blocks, the head and optionally the encoder of a student or teacher with labels.
 
     A batch is images, (B, 3, S, S), or waveforms, (B, L), as for the encoder, and labels: (B,) int64, or (B, C) float
-    of mixed labels. If waveforms are padded, their lengths follow: samples, (B,) int64. :meth:`prepare` normalizes the
-    images of a batch on the device, before Composer's algorithms mix them.
+    of mixed labels. If waveforms are padded, their lengths in audio samples follow, (B,) int64. :meth:`prepare`
+    normalizes the images of a batch on the device, before Composer's algorithms mix them.
 
     Parameters on which the embedding does not depend, such as the last norm for ``layer_mean``, are frozen.
 
@@ -94,7 +94,7 @@ class Classifier(ComposerModel):
         return cross_entropy(outputs, batch[1])
 
     def get_metrics(self, is_train: bool) -> dict[str, Metric]:
-        """Return an evaluation's metrics: top-1, top-5 if there are more than five classes, and the loss."""
+        """Return the metrics of an evaluation: top-1, top-5 if there are more than five classes, and the loss."""
         return {} if is_train else self.metrics
 
     def update_metric(self, batch: Batch, outputs: Tensor, metric: Metric) -> None:

@@ -32,9 +32,9 @@ from d2v_composer.system.processes import global_rank
 
 
 def build_labeled_sets(lookup: LookupConfig, modality: Modality, embedding: EmbeddingInfo) -> dict[str, EvaluationSet]:
-    """Load the labeled sets in ``lookup.datasets`` by name, except those that null turns off.
+    """Load the labeled sets in ``lookup.datasets``, by name; a set whose value is null is left out.
 
-    A warning says how many test images are also train images, which makes accuracies too high.
+    A warning says how many test samples are also train samples, which makes accuracies too high.
 
     Args:
         lookup: A section with the fields ``datasets``, ``probes`` and ``max_images``.
@@ -47,13 +47,13 @@ def build_labeled_sets(lookup: LookupConfig, modality: Modality, embedding: Embe
     width = embedding.width if embedding.of == JOINT else 0
     if "zero_shot" in lookup.probes and not width:
         raise InputError(
-            f"probes: zero_shot needs an embedding that texts share, the teacher's {JOINT}, but this is {embedding.of}"
+            f"probes: zero_shot needs the embedding {JOINT}, which shares a space with texts; got {embedding.of}"
         )
     sets = {name: load() for name, load in open_labeled_sets(lookup.model_dump(), modality).items()}
     widths = {labeled.class_embeddings.shape[1] for labeled in sets.values() if labeled.class_embeddings is not None}
     if "zero_shot" in lookup.probes and widths != {width}:
         raise InputError(
-            f"probes: zero_shot needs class_embeddings of a data set, with {width} columns; got "
+            f"probes: zero_shot needs class_embeddings of the data sets, with {width} columns; got "
             f"{' and '.join(map(str, sorted(widths))) or 'none'}"
         )
     for name, labeled in sets.items() if global_rank() == 0 else ():
@@ -64,7 +64,7 @@ def build_labeled_sets(lookup: LookupConfig, modality: Modality, embedding: Embe
 
 
 def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None:
-    """Build a student as it was before its run, or a teacher's default student.
+    """Build a student as it was before its training, or a teacher's default student.
 
     Returns:
         The student; ``None``, after a line on stderr, if the teacher is needed but not known, or if the Hugging Face
@@ -90,18 +90,19 @@ def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None
     is_tuned = has_tuned_encoder(model.provenance)
     if init == "random" and not is_tuned:
         return Student(model.encoder, model.config)
-    needed_by = "a tuned encoder" if is_tuned else f"init {init}"
-    print(f"the untrained student is not measured: {needed_by} needs the teacher; give teacher=PATH", file=sys.stderr)
+    part = "encoder" if is_tuned else f"weights (init {init})"
+    print(f"the untrained student is not measured: its {part} came from the teacher; set teacher=PATH", file=sys.stderr)
     return None
 
 
 def align_untrained(untrained: Backbone, model: Backbone, teacher: Teacher | None, device: str) -> bool:
     """Give an untrained student an alignment of its own, made in the same way as the trained student's.
 
-    It is fitted to the same training samples or, if the run trains it, has the run's random weights.
+    The alignment is fitted to the same training samples or, if the run trained it, has the run's initial weights. A
+    student without an alignment gets none.
 
     Returns:
-        True; False, after a line on stderr, if this cannot be done.
+        True; False, after a line on stderr, if the run's teacher or its training samples are missing.
     """
     info, source, batches = model.embedding, None, []
     if info.made_by in ("teacher", "raw"):
@@ -117,7 +118,9 @@ def align_untrained(untrained: Backbone, model: Backbone, teacher: Teacher | Non
             source = open_mds(index := Index(Path(loader["local"]), modality, loader["column"]))
             batches = choose_alignment_samples(index, *sizes, config["device_eval_batch_size"])
     if source is None or teacher is None or not teacher.embedding.is_in_space_of(info):
-        needed = "the run's teacher (teacher=PATH)" if teacher is None else f"{info.of} of the run's training data"
+        needed = (
+            "the run's teacher (teacher=PATH)" if teacher is None else f"the run's data and its teacher's {info.of}"
+        )
         print(f"the untrained student is not measured: its alignment needs {needed}", file=sys.stderr)
         return False
     samples = (collate([*map(source.decode, numbers.tolist())]) for numbers in batches)
@@ -145,7 +148,7 @@ def load_rival(place: str, modality: str) -> Backbone:
         else:
             model, _ = load_any(place)
         if (rival_modality := model.encoder.config.modality) != modality:
-            raise InputError(f"{place} takes {rival_modality}, but the model takes {modality}")
+            raise InputError(f"{place}: expected a model of {modality} samples, got one of {rival_modality} samples")
     return model
 
 
@@ -153,7 +156,7 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Eva
     """Load a model, and what it is compared with: baselines, an untrained student, the teacher if known, and rivals.
 
     Returns:
-        The model, and the evaluation to run.
+        The model, and the evaluation, which has not run yet.
 
     Raises:
         InputError: A file cannot be used, or the model lacks the chosen embedding.
@@ -171,7 +174,9 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Eva
             untrained = None
     places = [*map(hide_secrets, config.rivals)]
     if taken := [place for place in places if place in (*ROWS, GAP_CLOSED) or places.count(place) > 1]:
-        raise InputError(f"rivals: {taken[0]!r} names another row of the tables; write ./{taken[0]} for the file")
+        raise InputError(
+            f"rivals: {taken[0]!r} is also the title of another row; write a file as ./{taken[0]}, and only once"
+        )
     compared = zip(GAP, (untrained, None if isinstance(model, Teacher) else model, teacher), strict=True)
     models = {name: candidate.eval().to(device) for name, candidate in compared if candidate is not None}
     first = teacher or model

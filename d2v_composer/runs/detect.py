@@ -39,7 +39,7 @@ from d2v_composer.training_data.loader import check_memory
 
 
 def detect(config: DetectConfig, callbacks: Sequence[Callback] = ()) -> Trainer:
-    """Train a detector on a student's features, from the run's last checkpoint if there is one, and report.
+    """Train a detector on a student's features, from the run's last checkpoint if there is one, and write the report.
 
     Args:
         config: Config of the run.
@@ -55,7 +55,7 @@ def detect(config: DetectConfig, callbacks: Sequence[Callback] = ()) -> Trainer:
     train, test = (read_split(config, name) for name in ("train", "test"))
     if train.class_names != test.class_names:  # labels are their positions
         differing = dict(train.class_names.items() ^ test.class_names.items())
-        raise InputError(f"dataset: train and test have different categories, with the ids {sorted(differing)}")
+        raise InputError(f"dataset: train and test differ in the categories with the ids {sorted(differing)}")
     with node_leaders_first("the model"):
         student = load_backbone(config)
     about = {
@@ -99,7 +99,7 @@ def report(trainer: Trainer, config: DetectConfig) -> None:
     if metrics := trainer.state.eval_metric_values:
         whole, at_50 = (f"{100 * float(metrics[name]):.1f}" for name in ("map", "map_50"))
         batch = int(trainer.state.timestamp.batch)
-        print(f"\n{EVALUATOR} images, batch {batch}: average precision {whole} %, at an IoU of 0.5 {at_50} %")
+        print(f"\n{EVALUATOR} images, batch {batch}: average precision {whole} %, and {at_50} % at an IoU of 0.5")
     write_run_report(trainer, config)
 
 
@@ -107,7 +107,7 @@ def load_backbone(config: DetectConfig) -> Backbone:
     """Load a student without alignment and head, or build a timm model, for the run's image size.
 
     Raises:
-        InputError: The file is not an image student's, or the model cannot be built for this size.
+        InputError: The file does not hold a student of images, or the model cannot be built for this size.
     """
     size = config.image_size
     if config.model.startswith(TIMM_PREFIX) and not Path(config.model).exists():
@@ -116,7 +116,7 @@ def load_backbone(config: DetectConfig) -> Backbone:
             network = network if size is None else network.changed(image_size=size)
             return TimmStudent(network, pretrained=config.pretrained)
     if not config.pretrained:
-        raise InputError(f"pretrained: must be true unless the model is timm/NAME, got {config.model}")
+        raise InputError(f"pretrained: must be true unless the model is timm/NAME; the model is {config.model}")
     student, _ = load_models(config.model)
     sizes = student.encoder.config
     if isinstance(student, Teacher) or sizes.modality != "image":
@@ -125,13 +125,13 @@ def load_backbone(config: DetectConfig) -> Backbone:
     if size in (None, sizes.image_size):
         return student
     if not isinstance(student, TimmStudent):
-        raise InputError(f"image_size: must be {sizes.image_size}, the only one of a student of blocks, got {size}")
+        raise InputError(f"image_size: must be {sizes.image_size}, the size of this student of blocks, got {size}")
     with errors_of("image_size"):
         return student.resized(size)
 
 
 def read_split(config: DetectConfig, name: str) -> Boxes:
-    """Read the images and boxes of a section of ``dataset``."""
+    """Read the images and boxes of ``train`` or ``test``, a section of ``dataset``."""
     split: CocoConfig = getattr(config.dataset, name)
     with node_leaders_first(f"the {name} images"), errors_of(f"dataset.{name}", InputError):
         return read_coco(Path(split.images), Path(split.annotations), with_crowds=name == "test")

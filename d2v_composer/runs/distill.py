@@ -1,4 +1,7 @@
-"""Distill a student: build model, data and retrieval from the config, and train; ``trainer.py`` has what runs share."""
+"""Distill a student: build model, data and retrieval from the config, then train, report and close.
+
+What all kinds of runs share is in ``trainer.py``.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -60,14 +63,15 @@ def train_student(
     loggers: Sequence[LoggerDestination] = (),
     when_built: Callable[[Trainer], object] = lambda trainer: None,
 ) -> Trainer:
-    """Train a student, from the run's last checkpoint if there is one, and report. Call it on every rank.
+    """Train a student, from the run's last checkpoint if there is one, and write the report. Call it on every rank.
 
     Args:
         config: Config of the run.
-        callbacks, algorithms, loggers: Further ones, besides the YAML's.
+        callbacks, algorithms, loggers: Callbacks, algorithms and loggers besides the YAML's.
         teacher: The config's teacher, if it is loaded already.
-        train_dataloader: This rank's loader, instead of ``train_loader``; the run does not check what it reads.
-        alignment_samples: With a ``train_dataloader``, the samples of :class:`AlignStudent`; default: no alignment.
+        train_dataloader: This rank's loader, instead of ``train_loader``; the run does not check its samples.
+        alignment_samples: With a ``train_dataloader``, the samples to which :class:`AlignStudent` fits the alignment;
+            default: no alignment.
         when_built: Called with the Trainer before the training, when no bad input can end the run anymore.
 
     Returns:
@@ -116,7 +120,7 @@ def train_student(
     header["embedding"] = str(model.student.embedding if align is None else fitted)
     if retrieval is not None:
         sets, headline = ", ".join(retrieval.datasets), retrieval.settings.headline
-        header["retrieval"] = f"{sets} every {config.retrieval.interval}, by {headline}"
+        header["retrieval"] = f"{sets}, every {config.retrieval.interval}; headline: {headline}"
 
     def report() -> None:
         if retrieval is not None and retrieval.history:
@@ -129,38 +133,38 @@ def train_student(
 
 
 class TrainingData(NamedTuple):
-    """The data of a run, and what depends on them."""
+    """The training data of a run, and what is built from them."""
 
     loader: DataLoader[object]
     kept: KeptTargets | None
-    """The callback that keeps the targets of fixed views."""
+    """The callback that keeps the targets of fixed views; ``None`` without such views."""
     alignment_samples: Samples | None
-    """The samples to which the student's alignment is fitted."""
+    """The samples to which the student's alignment is fitted; ``None``: the student gets none."""
     about: Record
     """The section ``data`` of the run's record."""
     shown: str
-    """A description for the log."""
+    """The description of the data in the first lines of the log."""
 
 
 def build_data(
     config: TrainConfig, model: DistillationModel, given: DataLoader[object] | None, samples: Samples | None
 ) -> TrainingData:
-    """Build the loader, unless one is ``given``, and what depends on the data.
+    """Build the training data; a ``given`` loader, with ``samples`` for the alignment, replaces ``train_loader``.
 
     Raises:
-        InputError: The data cannot be used, or there are fixed views but a loader is given.
+        InputError: The data cannot be used, or ``train_loader.views`` is set although a loader is given.
     """
     modality, loader = modality_of(model.teacher.config), config.train_loader
     if given is not None:
         if loader.views is not None:
             raise InputError("train_loader.views: must be null with a train_dataloader of your own")
-        shown = f"of train_dataloader{'' if samples is not None else '; no alignment without alignment_samples'}"
+        shown = f"from train_dataloader{'' if samples is not None else '; no alignment without alignment_samples'}"
         return TrainingData(given, None, samples, {"modality": modality.name}, shown)
     index = read_train_index(loader, modality, config.global_train_batch_size)
     kept = build_kept_targets(config, model, index)
     collated = {} if kept is None else {"collate": kept.collate, "extra_bytes": kept.row_bytes}
     built = build_train_loader(config, loader, index, is_compiled=config.compile is not False, **collated)
-    shown = f"{len(index):,} in {index.source}{'' if index.has_hashes else ', known by sizes: its index has no hashes'}"
+    shown = f"{len(index):,} in {index.source}{'' if index.has_hashes else ', checked by size (index without hashes)'}"
     return TrainingData(built, kept, open_alignment_samples(config, index), index.describe(), shown)
 
 
@@ -244,10 +248,11 @@ def build_kept_targets(config: TrainConfig, model: DistillationModel, index: Ind
 
 
 def set_teachers_embedding(config: TrainConfig, teacher: Teacher) -> None:
-    """Let the teacher's embedding be the one that the section ``alignment`` names, if it names one.
+    """Set the teacher's embedding to the one that the section ``alignment`` names, if it names one.
 
     Raises:
-        InputError: The teacher lacks it, or does not compute it as ``d2v embed`` does.
+        InputError: The teacher lacks this embedding; or a data2vec 2.0 teacher with ``first_blocks`` lacks some of the
+            layers that ``layer_mean`` averages.
     """
     alignment, section = config.alignment, config.teacher
     with errors_of("alignment"):
@@ -259,7 +264,7 @@ def set_teachers_embedding(config: TrainConfig, teacher: Teacher) -> None:
 
 
 def fitted_width(config: TrainConfig, model: DistillationModel) -> int:
-    """Return the width of the alignment that the run fits; 0 if it trains one, or has none."""
+    """Return the width of the alignment that the run fits; 0 if the run trains the alignment, or has none."""
     is_fitted = config.alignment.max_samples > 0 and model.student.alignment is None
     return model.teacher.embedding.width if is_fitted else 0
 
@@ -273,7 +278,7 @@ def build_alignment(config: TrainConfig, model: DistillationModel, samples: Samp
         samples: Training samples as :class:`AlignStudent` takes them; ``None``: no alignment.
 
     Raises:
-        InputError: There are too few samples.
+        InputError: There are fewer samples than a fit needs.
     """
     if samples is None or not fitted_width(config, model):
         return None
@@ -285,12 +290,15 @@ def build_alignment(config: TrainConfig, model: DistillationModel, samples: Samp
         workers=config.train_loader.num_workers,
     )
     if (count := align.batches.size) < MIN_PAIRS:
-        raise InputError(f"alignment.max_samples: needs at least {MIN_PAIRS} training samples, got {count}; set 0")
+        raise InputError(
+            f"alignment.max_samples: an alignment needs at least {MIN_PAIRS} training samples, got {count}; "
+            "set 0 for no alignment"
+        )
     return align
 
 
 def open_alignment_samples(config: TrainConfig, index: Index) -> Source:
-    """Open ``alignment.max_samples`` training samples, to fit an alignment to; clips are sorted by length."""
+    """Open at most ``alignment.max_samples`` training samples, to fit an alignment to; clips are sorted by length."""
     numbers = choose_alignment_samples(index, config.seed, config.alignment.max_samples, config.device_eval_batch_size)
     return open_mds(index, config.train_loader.cache_limit).select(numbers.ravel())
 
@@ -304,7 +312,7 @@ def build_retrieval(
         config: Config of the run.
         model: Model that the run trains.
         align: Callback that fits the student's alignment, if the run has one.
-        stop: Signal that ends a measurement.
+        stop: The signal that ends the run, and with it a measurement.
 
     Raises:
         InputError: A data set cannot be used.
@@ -339,7 +347,7 @@ def build_retrieval(
 
 
 def choose_embeds(config: TrainConfig, model: DistillationModel) -> tuple[str, Embed, dict[str, Embed]]:
-    """Return the headline's name, the student's function that embeds a batch, and the baselines' by name.
+    """Return the name of the headline embedding, the student's embed function, and the baselines' by name.
 
     Raises:
         InputError: The section ``retrieval`` names an embedding or a baseline that these models do not have.

@@ -41,7 +41,7 @@ EVALUATOR = "test"
 
 
 def finetune(config: FinetuneConfig, callbacks: Sequence[Callback] = ()) -> Trainer:
-    """Fine-tune a classifier, from the run's last checkpoint if there is one, and report.
+    """Fine-tune a classifier, from the run's last checkpoint if there is one, and write the report.
 
     Args:
         config: Config of the run.

@@ -41,7 +41,7 @@ PHASE_SECONDS, STOP_SECONDS = 3600.0, 120.0  # compiling takes minutes, the time
 
 
 def preflight(argv: Sequence[str], config: TrainConfig, train_script: Path) -> bool:
-    """Check and try a run; print a table, and the time and nodes that the whole run will need.
+    """Check and try a run; print a table of the checks, then the pace, time and nodes of the whole run.
 
     Call it in one process, before a process group exists.
 
@@ -105,7 +105,7 @@ class Rehearsal:
         """Check that the store of the training data has each shard."""
         remote = self.config.train_loader.remote
         if remote is None:
-            return "on this machine; the training steps below read them"
+            return "the shards are on this machine; the training below reads them"
         fetch_index(remote, Path(self.temporary.name))
         shards = json.loads(Path(self.temporary.name, INDEX).read_bytes())["shards"]
         names = [(shard.get("zip_data") or shard["raw_data"])["basename"] for shard in shards]
@@ -125,7 +125,7 @@ class Rehearsal:
         return f"{trained} batches"
 
     def stop(self) -> str:
-        """Send SIGTERM to all processes, which must save and exit with status 143."""
+        """Send SIGTERM to all processes, which must save a checkpoint and exit with status 143."""
         self.signal(signal.SIGTERM)
         if (status := self.wait(STOP_SECONDS)) != 128 + signal.SIGTERM:
             raise self.fault(f"expected exit status 143 within {STOP_SECONDS:.0f} s of SIGTERM, got {status}")
@@ -139,7 +139,7 @@ class Rehearsal:
                 copy.unlink()
         self.start(f"max_duration={batch + self.batches}ba")
         if (status := self.wait(PHASE_SECONDS)) != 0:
-            raise self.fault(f"the resumed run failed with status {status}")
+            raise self.fault(f"the resumed run must exit with status 0 within {PHASE_SECONDS:.0f} s, got {status}")
         if f" at batch {batch}\n" not in self.output.read_text(errors="replace"):
             raise self.fault(f"the run started over instead of resuming at batch {batch}")
         self.logged = read_jsonl(self.log)
@@ -193,7 +193,7 @@ class Rehearsal:
         """Print the last lines of the run's output, and return an error that begins with ``what``."""
         lines = self.output.read_text(errors="replace").splitlines()[-15:]
         print("\n".join(f"    | {line}" for line in lines), file=sys.stderr, flush=True)
-        return RunError(f"{what}: {next((line for line in reversed(lines) if 'rror' in line), 'see its last lines')}")
+        return RunError(f"{what}: {next((line for line in reversed(lines) if 'rror' in line), 'see the lines above')}")
 
     def remove(self) -> str:
         """Remove the preflight's files, here and in S3; if S3 denies an operation, its error names the operation."""
@@ -220,7 +220,7 @@ class Rehearsal:
         return int(duration[:-2]) * per_unit
 
     def needs(self) -> str:
-        """Return the lines about the speed, the time and the number of nodes of the whole run."""
+        """Return lines with the pace, the time and the possible numbers of nodes of the whole run."""
         config, batches = self.config, self.in_batches(self.config.max_duration)
         logged = (self.logged[f"throughput/{name}"] for name in ("samples_per_sec", "data_wait"))
         paces, waits = ([*series.values()][-self.intervals :] for series in logged)

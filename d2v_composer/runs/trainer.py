@@ -87,9 +87,10 @@ def build_trainer(
         model: The model that trains.
         train_loader: The loader of training samples.
         record_sections: Sections of the run's record; the section ``data`` must have the samples' ``modality``.
-        compares_microbatches: The loss compares the inputs of a microbatch, which a resume must not change then.
+        compares_microbatches: True if the loss compares the inputs of a microbatch with each other, so that a resume
+            must not change the size of microbatches.
         run_callbacks: Callbacks of this kind of run; each checks its saved state before a checkpoint is used.
-        callbacks, algorithms, loggers: Further ones, besides the YAML's.
+        callbacks, algorithms, loggers: Callbacks, algorithms and loggers besides the YAML's.
         prepare: Function that transforms a microbatch on the device.
         stop, save_best: Arguments of :class:`Checkpoints`.
         **arguments: Further arguments of the Trainer.
@@ -148,7 +149,8 @@ def find_checkpoint(
         callbacks: Callbacks that refuse the state of another run.
 
     Returns:
-        The checkpoint, ``None`` if there is neither; and False if the run takes only the weights of the checkpoint.
+        The checkpoint, ``None`` if there is neither; and whether the run would resume: False if it takes only the
+        checkpoint's weights.
 
     Raises:
         InputError: The checkpoint is corrupt, cannot be read, is another run's or another program's, or leaves nothing
@@ -211,7 +213,7 @@ def try_timm_student(
     with torch.random.fork_rng(devices=[]):
         trial = copy.deepcopy(student)
         # BatchNorm needs several values.
-        with errors_of(f"device_train_microbatch_size: {key} cannot be trained on {smallest} at a time"):
+        with errors_of(f"device_train_microbatch_size: {key} cannot be trained on microbatches of {smallest}"):
             trial.train().encoder(Inputs(trial.encoder.example(min(smallest, 2))))
         for name, buffer in trial.named_buffers():
             if "running_" in name:  # a new BatchNorm changes nothing
@@ -232,7 +234,7 @@ def build_optimizer(
 
     Args:
         config: The section ``optimizer``.
-        model: The model.
+        model: The model that trains.
         depths: Name of each trained parameter → its depth; default: all have the same depth.
         layer_decay: Ratio of a depth's learning rate to the next depth's. The last depth's learning rate is ``lr``, and
             its groups come first.
@@ -256,7 +258,7 @@ def build_optimizer(
 
 
 def build_scheduler(config: TrainerConfig, batches_per_epoch: int) -> ComposerScheduler:
-    """Build a linear warm-up, then a cosine decay to ``alpha_f`` times the learning rate.
+    """Build the schedule of the learning rate: a linear warm-up, then a cosine decay to ``alpha_f`` times ``lr``.
 
     The warm-up is converted to batches. Composer would never reach ``lr`` in a warm-up longer than the run.
 
@@ -276,7 +278,7 @@ def build_scheduler(config: TrainerConfig, batches_per_epoch: int) -> ComposerSc
 
 
 def build_algorithms(config: AlgorithmsConfig) -> list[Algorithm]:
-    """Build the algorithms in the order of the section ``algorithms``, and the logger of the gradient norm."""
+    """Build the algorithms in the order of the section ``algorithms``, then :class:`GradientNorm`, which logs."""
     algorithms = [
         resolve_name(ALGORITHMS[name])(**fields.model_dump()) for name, fields in config if fields is not None
     ]
@@ -366,7 +368,7 @@ def join_and_seed(config: TrainerConfig) -> None:
 
 
 def resume_advice(config: TrainerConfig) -> str:
-    """Return the end of a message about a run that stopped: the same command resumes a run that saves checkpoints."""
+    """Return the end of a message about a stopped run: that the same command resumes it; '' if it does not."""
     return "; the same command resumes" if config.autoresume and config.save_folder is not None else ""
 
 

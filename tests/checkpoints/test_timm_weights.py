@@ -116,7 +116,7 @@ def test_a_bias_that_timms_filter_drops_is_refused_unless_it_is_zero(tmp_path: P
     torch.save(theirs | biases, path)
     assert load_teacher(path, model=f"timm/{name}").config.depth == 2
     torch.save(theirs | {key: zeros + 0.1 for key, zeros in biases.items()}, path)
-    problem = rf"timm/{name}: the file has blocks\.0\.attn\.qkv\.bias, but not the model; .*_qkvb$"
+    problem = rf"timm/{name}: the file has blocks\.0\.attn\.qkv\.bias, but the model does not; .*_qkvb$"
     with pytest.raises(InputError, match=problem):
         load_teacher(path, model=f"timm/{name}")
 

@@ -164,7 +164,9 @@ def accuracies_of_untrained(folder: Path) -> dict[tuple[str, str], float]:
     return {(row["bank"], row["embedding"]): row["value"] for row in rows if row["candidate"] == "untrained student"}
 
 
-NOT_MEASURED = "the untrained student is not measured: init teacher_blocks needs the teacher; give teacher=PATH\n"
+NOT_MEASURED = (
+    "the untrained student is not measured: its weights (init teacher_blocks) came from the teacher; set teacher=PATH\n"
+)
 
 
 def test_the_untrained_student_is_the_runs(

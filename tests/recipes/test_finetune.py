@@ -92,7 +92,7 @@ def test_a_tuned_encoder_stands_in_no_other_models_row(student: Path, labeled: P
     after, _ = accuracies_of(sets, teacher, tuned, out=tmp_path / "after")
     alone, said = accuracies_of(sets, tuned, out=tmp_path / "alone")
     assert {row for row, *_ in alone} == {"pixels", "student"}
-    assert "the untrained student is not measured: a tuned encoder needs the teacher; give teacher=PATH" in said
+    assert "the untrained student is not measured: its encoder came from the teacher; set teacher=PATH" in said
     assert {row[0] for row, value in before.items() if after[row] != value} == {"student"}
 
 

@@ -97,7 +97,7 @@ def test_rivals_have_size_and_speed(trained: Path, photos: Path, tmp_path: Path)
     assert not (tmp_path / "evaluation.png").exists()
     line = failure(d2v(*command, f"rivals=[{GOLDEN / 'audio_base.pt'}]"), 2)
     assert line.startswith("error: rivals: ")
-    assert "takes audio, but the model takes image" in line
+    assert "expected a model of image samples, got one of audio samples" in line
 
 
 @pytest.mark.parametrize("name", ["test_byobnet", "test_vit_relpos"])
@@ -181,7 +181,7 @@ def test_ranks_may_normalize_together(trained: Path, small_data: Path, tmp_path:
         ("student.model=timm/no_such", "student: model: no model 'timm/no_such'"),
         (
             "device_train_microbatch_size=15",
-            "device_train_microbatch_size: student.model cannot be trained on 1 at a time: Expected more than 1 value",
+            "device_train_microbatch_size: student.model cannot be trained on microbatches of 1: Expected more than 1",
         ),
     ],
 )

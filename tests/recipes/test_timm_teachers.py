@@ -219,11 +219,11 @@ def test_a_map_to_another_embedding_is_not_compared_with_texts(
     assert student.alignment is not None
     student.alignment.of = "output_cls"
     save_student(student, out)
-    with pytest.raises(InputError, match="zero_shot needs an embedding that texts share"):
+    with pytest.raises(InputError, match="zero_shot needs the embedding joint, which shares a space with texts"):
         evaluate.main([f"model={out}", sets_of(labeled, classes), "probes=[zero_shot]"])
 
 
-NO_EMBEDDING = "probes: zero_shot needs an embedding that texts share, the teacher's joint, but this is output_"
+NO_EMBEDDING = "probes: zero_shot needs the embedding joint, which shares a space with texts; got output_"
 TEXTS = "retrieval.datasets.four.class_embeddings"
 
 
@@ -237,7 +237,7 @@ TEXTS = "retrieval.datasets.four.class_embeddings"
         ("objectives.tokens.weight=0 objectives.embedding.weight=0", "objectives.tokens.weight: must be"),
         ("objectives.embedding.weight=0 alignment.max_samples=0", NO_EMBEDDING),
         ("objectives.embedding.weight=0 alignment.pooling=mean", NO_EMBEDDING),
-        (f"{TEXTS}=FOLDER/narrow.npy", "class_embeddings of a data set, with 128 columns; got 64"),
+        (f"{TEXTS}=FOLDER/narrow.npy", "class_embeddings of the data sets, with 128 columns; got 64"),
         (f"{TEXTS}=FOLDER/few.npy", "few.npy: expected finite numbers, a row for each of 4 classes, got (3, 128)"),
         (f"{TEXTS}=FOLDER/missing.npy", "missing.npy cannot be read: No such file or directory"),
         (f"{TEXTS}=null", "with 128 columns; got none"),

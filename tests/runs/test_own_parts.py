@@ -66,7 +66,7 @@ def test_it_trains_resumes_and_exports(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_without_samples_there_is_no_map(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(tmp_path / "run")
-    assert "of train_dataloader; no alignment without alignment_samples" in capsys.readouterr().out
+    assert "from train_dataloader; no alignment without alignment_samples" in capsys.readouterr().out
     assert map_of(tmp_path / "run") == {}
 
 
