@@ -1,5 +1,5 @@
 """Distill a student in a plain Composer script over Streaming's own StreamingDataset. The same command resumes.
-python recipes/stock.py     # after: pip install -e '.[train,tensorboard]'
+python recipes/stock.py  # after: pip install -e '.[train,tensorboard]'; --max-duration 20ba: 4 CPU minutes (Intel Xeon)
 composer -n 2 recipes/stock.py --remote s3://BUCKET/images --local /tmp/cache --save-folder s3://BUCKET/run
 """
 
