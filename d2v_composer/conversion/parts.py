@@ -66,8 +66,10 @@ class Parts:
         if exists(f"{self.folder}/{part.name}{self._last}"):
             self._read(part, plan, "this command")
             return True
-        if not self.suffix and (names := {name.partition("/")[0] for name in names_in(self.out)} - {"parts"}):
-            raise InputError(f"{self.out} holds something other than parts: {min(names)}; choose another OUT")
+        names = set() if self.suffix else {name.partition("/")[0] for name in names_in(self.out)}
+        # What merge writes stays: the part that is made again was damaged.
+        if others := names - {"parts"} - ({INDEX, SUMMARY} if "parts" in names else set()):
+            raise InputError(f"{self.out} holds something other than parts: {min(others)}; choose another OUT")
         return False
 
     def read_all(self) -> dict[Part, Record]:

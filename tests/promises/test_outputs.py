@@ -415,6 +415,18 @@ def test_a_damaged_part_is_named(halves: Path) -> None:
     assert not table.exists()
 
 
+def test_a_part_is_made_again_after_the_merge(sources: Sources, halves: Path) -> None:
+    """Promises 5 and 9: a shard is lost later, and merge says to run the part's command again."""
+    out = halves / "out"
+    succeed("merge", out)
+    before = contents_of(out)
+    shutil.rmtree(out / "parts" / "00001-of-00002")
+    assert not_merged(out) == f"error: {out}/parts: of 2 parts, these are missing: 1"
+    convert(sources["folder"], out, "--part", "1/2")
+    succeed("merge", out)
+    assert contents_of(out) == before
+
+
 def test_a_part_is_refused_in_one_line(sources: Sources, tmp_path: Path) -> None:
     """Promises 7 and 18: it would stand beside the user's files, or is none of the parts."""
     mine = write_files(tmp_path / "mine", {"notes.txt": b""})
