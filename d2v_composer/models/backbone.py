@@ -1,6 +1,6 @@
 """Models that turn inputs into features, and features into embeddings: the base of teachers and students.
 
-Shapes: B inputs, T tokens, D channels, H heads, P channels of the embedding.
+Shapes: B inputs, T tokens, D channels, H heads, I channels of an alignment's inputs, P channels of the embedding.
 """
 
 from abc import ABC, abstractmethod
@@ -28,9 +28,9 @@ NUM_FIXED_INPUTS, NUM_OUTPUTS, OUTPUT_STEP = 2, 8, 1_000_003
 
 @contextmanager
 def frozen_use() -> Iterator[None]:
-    """Compute without gradients; this is safe even if a training step follows in the same autocast region.
+    """Compute without gradients, even in an autocast region in which a training step follows.
 
-    Otherwise, autocast would keep weights that it casts here, without gradient, and use them in the training step.
+    Autocast would otherwise keep the weights that it casts here, without gradient, and use them in the training step.
     """
     caches_casts = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(caches_casts and not torch.is_grad_enabled())
@@ -42,7 +42,7 @@ def frozen_use() -> Iterator[None]:
 
 
 def freeze_unused_parameters(model: nn.Module, result: Tensor) -> None:
-    """Freeze the parameters on which a result does not depend: DDP refuses trained parameters without gradient."""
+    """Freeze the parameters of a model on which a result does not depend: DDP refuses to train them."""
     if result.requires_grad:
         result.sum().backward()
     for parameter in model.parameters():
@@ -89,7 +89,7 @@ def check_tensors(module: nn.Module, state_dict: dict[str, Tensor], prefix: str,
 
 
 def expect_no_frozen_tensors(module: nn.Module, incompatible_keys: _IncompatibleKeys) -> None:
-    """Let strict loading accept a state dict without the frozen parts."""
+    """Let strict loading accept missing tensors, which are only frozen ones after :func:`check_tensors`."""
     incompatible_keys.missing_keys.clear()
 
 
@@ -102,13 +102,13 @@ class Backbone(nn.Module, ABC):
         provenance: Origin of the weights, stored in files that are derived from them.
 
     Attributes:
-        embed_dim: Channels of features and embeddings; the encoder's, unless a student is narrower.
-        layer_mean: Settings with which this model computes its ``layer_mean`` embeddings.
+        embed_dim: Number of channels of features and raw embeddings; the encoder's, unless a student is narrower.
+        layer_mean: The module that computes this model's ``layer_mean`` representation.
         head: The classifier of a fine-tuned student's embeddings, or ``None``.
         blocks: The blocks after the encoder; a model that is one module has none.
-        raw_embedding: Name of the embedding to which :data:`~d2v_composer.models.names.EMBEDDING` is equal without an
-            alignment: a teacher's own, and in a student the one of that name.
-        alignment: The :class:`~d2v_composer.models.alignment.Alignment` that makes the embedding; or ``None``.
+        raw_embedding: Name of the raw embedding that :meth:`embed` returns without an alignment; a student takes its
+            teacher's name, if the student has an embedding of that name.
+        alignment: The :class:`~d2v_composer.models.alignment.Alignment` that computes the embedding, or ``None``.
     """
 
     def __init__(self, encoder: Encoder, config: Any, provenance: Record | None = None) -> None:
@@ -133,11 +133,11 @@ class Backbone(nn.Module, ABC):
 
     @property
     def block_list(self) -> list[Any]:
-        """The blocks after the encoder, which are of several classes."""
+        """The blocks after the encoder, whose class depends on the model."""
         return list(self.blocks)
 
     def checkpoint_activations(self, enable: bool = True) -> None:
-        """Recompute activations in the backward pass (``enable``), or keep them in memory; by default, do nothing."""
+        """Recompute activations in the backward pass if ``enable``, else keep them; this base class does neither."""
 
     @property
     def num_extra_tokens(self) -> int:
@@ -212,16 +212,19 @@ class Backbone(nn.Module, ABC):
 
     @property
     def alignment_inputs(self) -> list[str]:
-        """The embeddings that an alignment reads: CLS and mean of each representation."""
+        """The names of the raw embeddings that an alignment reads: CLS and mean of each representation."""
         return [name for name in self.raw_names if name.endswith(("_cls", "_mean"))]
 
     def align(self, weight: Tensor, bias: Tensor, of: str, made_by: MadeBy = "alignment", space: str = "") -> None:
-        """Give this model an alignment, (P, I) and (P,), or replace it; see :class:`Alignment`."""
+        """Give this model an alignment with a weight, (P, I), and a bias, (P,), instead of any that it has.
+
+        For the other arguments, see :class:`Alignment`.
+        """
         device = next(self.parameters()).device
         self.alignment = Alignment(self.alignment_inputs, weight.to(device), bias.to(device), of, made_by, space)
 
     def train_alignment(self, teachers: EmbeddingInfo) -> None:
-        """Give this model an alignment to train, with random weights."""
+        """Give this model an alignment with random weights, to train it to the embedding ``teachers``."""
         width = sum(map(self.width_of, self.alignment_inputs))
         weight = nn.init.normal_(torch.empty(teachers.width, width), std=0.02)
         self.align(weight, torch.zeros(teachers.width), teachers.of, "training", teachers.space)
@@ -253,8 +256,8 @@ class Backbone(nn.Module, ABC):
     def forward_blocks(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """Return the model's output and every FFN output, (B, T, D) each, given the result of :meth:`encode`.
 
-        A model without blocks has its output as the only one. ``padding_mask``, (B, T), is true for tokens that no
-        other token may see.
+        Without blocks, the model's output is also its only FFN output. ``padding_mask``, (B, T), is true for tokens to
+        which no token may attend.
 
         Example:
             >>> output, ffn_outputs = teacher.forward_blocks(teacher.encode(images))
@@ -270,7 +273,7 @@ class Backbone(nn.Module, ABC):
         return features.output
 
     def read(self, features: Features, name: str = EMBEDDING) -> Tensor:
-        """Return one embedding of a model's features by name, (B, D) float32, with gradient."""
+        """Return the embedding ``name`` of features: (B, P) or, if it is a raw one, (B, D); float32, with gradient."""
         if name == EMBEDDING and self.alignment is not None:
             return self.alignment(embeddings_of(features, self.layer_mean))
         name = self.raw_embedding if name == EMBEDDING else name
@@ -287,7 +290,7 @@ class Backbone(nn.Module, ABC):
 
         Args:
             images, lengths: See :meth:`embed`.
-            layer_mean: Settings with which ``layer_mean`` is computed, to compare models; default: this model's.
+            layer_mean: The module that computes ``layer_mean``, such as another model's; default: this model's.
 
         Returns:
             ``embedding`` → (B, P) float32; and the raw embeddings, ``{representation}_{pooling}`` → (B, D) float32.
@@ -296,7 +299,7 @@ class Backbone(nn.Module, ABC):
             text tower has ``joint``, too.
 
         Raises:
-            ValueError: The images have another shape or dtype.
+            ValueError: The images have a shape or dtype that :meth:`embed` does not take.
 
         Example:
             >>> embeddings = student.embed_all(images)
@@ -310,7 +313,7 @@ class Backbone(nn.Module, ABC):
         """Return a few numbers of what this model, on a CPU in float32, computes for fixed inputs.
 
         Returns:
-            Numbers from its output, and from each pooling of the output; none if the output is not finite.
+            ``NUM_OUTPUTS`` numbers from the output and from each pooling of the output; empty if it is not finite.
         """
         with frozen_use(), torch.autocast("cpu", enabled=False):
             encoder = self.encoder
@@ -344,24 +347,24 @@ class Backbone(nn.Module, ABC):
     ) -> Tensor:
         """Return the embedding of each image or clip, (B, P) float32, without gradient; or a raw one, (B, D).
 
-        A teacher's embedding is its own, a student's is an estimate of its teacher's, so that both compare by cosine.
-        ``embedding`` says which of the teacher's it is.
+        With an alignment, a student estimates its teacher's embedding, so that their cosine similarity is meaningful.
+        :attr:`embedding` describes the embedding.
 
         Args:
             images: (B, 3, height, width) uint8 of any size, which is resized and normalized here; or (B, 3, S, S)
                 float of the model's size, already normalized: pixels from 0 to 1, minus ``encoder.config.image_mean``,
                 over ``encoder.config.image_std``, by channel. For data2vec 2.0 these are ImageNet's, (0.485, 0.456,
-                0.406) and (0.229, 0.224, 0.225), for a timm model its own. For an audio model waveforms: (B, L) float
-                from -1 to 1, 16 kHz mono, normalized here.
+                0.406) and (0.229, 0.224, 0.225), for a timm model its own. For an audio model, waveforms: (B, L) float
+                from -1 to 1, 16 kHz mono, normalized here if the model needs it.
             pooling: Pooling of a raw embedding: ``cls``, ``mean`` of all tokens, or ``mean_patches``, of patches or
-                frames; default: ``cls`` or, for a model without CLS, such as data2vec 2.0's of audio, ``mean``.
+                frames; default: ``cls`` or, for a model without CLS, such as data2vec 2.0's audio models, ``mean``.
             representation: Representation of a raw embedding: ``output`` of the last block, the default with a
                 pooling; or ``layer_mean``, the norm_mean of the FFN outputs that the loss regresses.
-            lengths: Samples of each waveform of a padded batch, (B,) int64.
+            lengths: Number of samples of each waveform in a padded batch, (B,) int64.
 
         Raises:
             InputError: The model has no such embedding.
-            ValueError: The images have another shape or dtype.
+            ValueError: The images or waveforms have another shape or dtype than ``images`` may have.
 
         Example:
             >>> student.embed(images).shape
@@ -393,15 +396,18 @@ class Transformer(Backbone):
 
     @abstractmethod
     def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
-        """Return each block's context for an input: an attention bias or, for instance, rotary positions.
+        """Return the attention bias or rotary positions of each block for an input; ``None`` if a block has neither.
 
-        A bias is (1, H, T, T), or (B, H, T, T) with ``padding_mask``, (B, T), which is true for keys to leave out.
+        A bias broadcasts to (B, H, T, T). ``padding_mask``, (B, T), is true for keys to leave out.
         """
 
     def iterate_blocks(
         self, x: Tensor, needs_last_output: bool = True, padding_mask: Tensor | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the output and the FFN output of each block, (B, T, D) each, given the encoder's tokens, (B, T, D)."""
+        """Yield the output and the FFN output of each block, (B, T, D) each, given the encoder's tokens, (B, T, D).
+
+        Unless ``needs_last_output``, the last block's output is ``None``.
+        """
         last = self.block_list[-1]
         for block, context in zip(self.block_list, self.block_contexts(x, padding_mask), strict=True):
             x, ffn_output_BTD = block(x, context, needs_last_output or block is not last)

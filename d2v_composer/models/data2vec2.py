@@ -1,4 +1,4 @@
-"""A data2vec 2.0 teacher of any modality, frozen.
+"""A frozen data2vec 2.0 teacher for images or audio, or an EAT teacher.
 
 Shapes: B inputs, T tokens, D channels.
 Source: data2vec 2.0 (Baevski et al. 2022, arXiv:2212.07525), fairseq ``data2vec2.py``.
@@ -33,7 +33,7 @@ ENCODERS: dict[type[Config], type[Data2Vec2Encoder]] = {
 
 
 class Data2Vec2(Transformer, Teacher):
-    """A data2vec 2.0 teacher, frozen and in eval mode.
+    """A data2vec 2.0 or EAT teacher, frozen and in eval mode.
 
     Args:
         config: Sizes.
@@ -56,10 +56,10 @@ class Data2Vec2(Transformer, Teacher):
         return self.encoder.block_contexts(x_BTD, padding_mask, layers)
 
     def share_blocks(self, first_blocks: int) -> None:
-        """Move blocks between encoder and teacher, so that the encoder has this number of blocks.
+        """Move blocks between encoder and teacher, so that the encoder has ``first_blocks`` blocks.
 
         Raises:
-            ValueError: ``first_blocks`` leaves no block to the teacher.
+            ValueError: ``first_blocks`` is negative, or leaves no block to the teacher.
         """
         blocks = [*self.encoder.block_list, *self.block_list]
         check_whole("first_blocks", first_blocks, 0, len(blocks) - 1)

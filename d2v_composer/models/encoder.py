@@ -19,10 +19,14 @@ from d2v_composer.models.configs import Config, EncoderConfig
 
 
 def count_flop(model: nn.Module, compute: Callable[[], object]) -> dict[object, int]:
-    """Count the operations of a model's computation in eval mode, 2 per multiply-accumulate.
+    """Count the operations of matrix products and convolutions in ``compute``, 2 per multiply-accumulate.
+
+    Args:
+        model: The model, which is in eval mode meanwhile.
+        compute: Runs the model.
 
     Returns:
-        Operator of torch → number of operations. ``aten.bmm`` stands for attention.
+        Operator of torch → number of operations. Attention's matrix products are ``aten.bmm``.
     """
     was_training = model.training
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted
@@ -44,9 +48,9 @@ class Inputs(NamedTuple):
     """The weight of each of W windows in the embeddings of B clips, (B, W), if ``values`` are windows, (B·W, …)."""
 
     def filled_up(self, missing: int) -> "Inputs":
-        """Return the batch with black images or silence at its end, and padded clips at one of a few sizes.
+        """Append ``missing`` black images or silent clips to the batch; extend padded clips to one of a few lengths.
 
-        A compiled model needs a graph for each size; there are eight sizes from a power of two to the next.
+        A compiled model needs a graph for each length; there are eight lengths from a power of two to the next.
         """
         values, lengths, _ = self
         size, more = values.shape[-1], 0
@@ -72,8 +76,8 @@ class Tokens(NamedTuple):
 class Freezable(nn.Module):
     """A module that, once :meth:`freeze` was called, stays in eval mode and gets no gradient.
 
-    ``Trainer.fit`` and ``model_eval_mode`` call ``model.train(mode=True)`` on the whole model, which then has no effect
-    on this module.
+    Composer's ``Trainer.fit`` and ``model_eval_mode`` call ``model.train(mode=True)`` on the whole model. The call has
+    no effect on a frozen module.
     """
 
     is_frozen = False
@@ -101,13 +105,13 @@ class Freezable(nn.Module):
 
 
 class Encoder(Freezable):
-    """Base of encoders: inputs to tokens, then blocks. Only the subclasses depend on the modality.
+    """Base of encoders, which turn inputs into tokens, and apply blocks. Only the subclasses depend on the modality.
 
-    Models may share an encoder, which a step then runs once. An encoder trains unless it is frozen.
+    Models may share an encoder, which a training step then runs once. An encoder trains unless it is frozen.
 
     Attributes:
-        alibi: ALiBi's bias for the encoder's blocks, if they have one.
-        baseline: The name of the embedding :meth:`raw` in tables.
+        alibi: The module that computes ALiBi's bias for the encoder's blocks; ``None`` without ALiBi.
+        baseline: The name in tables of the embedding that :meth:`baseline_of` returns.
         input_name: The name of the inputs in an exported program.
     """
 
@@ -127,15 +131,15 @@ class Encoder(Freezable):
 
     @property
     def block_list(self) -> list[Any]:
-        """The encoder's blocks, which are of several classes; by default there are none."""
+        """The encoder's blocks, whose class depends on the encoder; this base class has none."""
         return []
 
     @abstractmethod
     def prepare(self, values: Tensor) -> Tensor:
-        """Resize or normalize raw inputs, none of which is padded.
+        """Check inputs without padding, and resize and normalize them as the encoder needs.
 
         Raises:
-            ValueError: The inputs have another shape or dtype.
+            ValueError: The inputs have a shape or dtype that the encoder does not take.
         """
 
     def normalized(self, values: Tensor) -> Tensor:
@@ -152,18 +156,21 @@ class Encoder(Freezable):
 
     @abstractmethod
     def num_tokens(self, shape: Sequence[int] | None = None) -> int:
-        """Return the number of tokens of an input: by default, of the config's image or of a second of audio."""
+        """Return the number of tokens for an input of this shape.
+
+        The default is an image of the config's size, or a second of audio. EAT has as many tokens for every shape.
+        """
 
     @abstractmethod
     def example(self, count: int) -> Tensor:
-        """Return ``count`` prepared inputs, all zeros: what :meth:`prepare` returns."""
+        """Return ``count`` inputs of zeros, as :meth:`prepare` returns them."""
 
     @abstractmethod
     def noise(self, count: int) -> Tensor:
-        """Return ``count`` random inputs of :meth:`prepare` to measure with: uint8 images, or clips of five seconds."""
+        """Return ``count`` random inputs for :meth:`prepare`: uint8 images, or clips of five seconds."""
 
     def fixed_inputs(self, count: int) -> Tensor:
-        """Return ``count`` inputs of :meth:`prepare` that are the same on every machine.
+        """Return ``count`` inputs for :meth:`prepare` that are the same on every machine.
 
         A model's outputs for these inputs identify the model.
         """
@@ -173,26 +180,26 @@ class Encoder(Freezable):
 
     @abstractmethod
     def baseline_of(self, inputs: Inputs) -> Tensor:
-        """Return an embedding that no model computes, (B, features), as a baseline for all models."""
+        """Return an embedding computed without a model, (B, channels), as a baseline for all models."""
 
     @property
     def free_axes(self) -> dict[int, tuple[str, int, int]]:
-        """Dimension of the inputs that an exported program leaves free → its name, smallest and largest size."""
+        """Index of each dimension of the inputs that an exported program leaves free → name, least and largest size."""
         return {0: ("batch", 1, 1 << 16)}
 
     def windows(self, inputs: Inputs) -> Inputs:
-        """Divide inputs that are longer than the encoder reads, so that an embedding covers all of them."""
+        """Divide inputs that are longer than the encoder can read into windows; by default, return inputs unchanged."""
         return inputs
 
     def padding_mask(self, lengths: Tensor | None, num_samples: int | None = None) -> Tensor | None:
-        """Return which tokens are padding, (B, T) bool, of inputs with these lengths; ``None`` if none is.
+        """Return which tokens are padding, (B, T) bool, for inputs of these lengths; ``None``: no token is padding.
 
         Args:
-            lengths: (B,) int64; ``None``: nothing is padded.
-            num_samples: Length of the padded inputs; default the longest of ``lengths``.
+            lengths: Number of samples of each input, (B,) int64; ``None``: nothing is padded.
+            num_samples: Number of samples of the padded inputs; default: the largest of ``lengths``.
 
         Raises:
-            ValueError: A length is out of range, or inputs of this kind have no lengths.
+            ValueError: A length is out of range, which is checked on a CPU; or inputs of this kind have no lengths.
         """
         if lengths is not None:
             raise ValueError(f"lengths: {self.config.modality} inputs have none")
@@ -202,7 +209,7 @@ class Encoder(Freezable):
         """Encode inputs, and derive the padding mask for the model's other parts.
 
         Raises:
-            ValueError: The inputs have another shape or dtype, or are too short.
+            ValueError: The inputs have a shape or dtype that the encoder does not take, or are too short.
         """
         padding_mask = self.padding_mask(inputs.lengths, inputs.values.shape[-1])
         x_BTD = self.embed_tokens(inputs)
@@ -211,7 +218,7 @@ class Encoder(Freezable):
         return Tokens(x_BTD, padding_mask, inputs.window_weights)
 
     def flop(self) -> int:
-        """Return the number of operations for one input, the config's image or a second of audio."""
+        """Return the number of operations for one input of :meth:`example`."""
         return sum(count_flop(self, lambda: self(Inputs(self.example(1)))).values())
 
 
@@ -221,14 +228,14 @@ class Data2Vec2Encoder(Encoder):
     A subclass adds its own layers, then calls :meth:`add_blocks`.
 
     Attributes:
-        alibi_scale: Learned factors of the blocks' bias.
+        alibi_scale: Learned factors of ALiBi's bias, (L or 1, 1, H or 1, 1, 1) for L blocks and H heads; or ``None``.
     """
 
     extra_tokens: nn.Parameter | None
     alibi_scale: Tensor | None
 
     def add_blocks(self) -> None:
-        """Add the layers after the subclass's own; their order fixes the random initial weights."""
+        """Add extra tokens, LayerNorm and blocks, in an order on which the random initial weights depend."""
         config = self.config
         dim, hidden_dim = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
         self.extra_tokens = (
@@ -254,9 +261,9 @@ class Data2Vec2Encoder(Encoder):
     def block_contexts(
         self, x_BTD: Tensor, padding_mask: Tensor | None = None, layers: range | None = None
     ) -> list[Tensor | None]:
-        """Return the attention bias of each layer in ``layers``, counted through encoder and teacher.
+        """Return the attention bias of each block in ``layers``, by default of the encoder's.
 
-        By default, these are the encoder's layers.
+        Blocks are numbered from the encoder's first one to the teacher's last one.
         """
         layers = range(len(self.block_list)) if layers is None else layers
         scales = [None] if self.alibi_scale is None else self.alibi_scale

@@ -99,14 +99,14 @@ class Features:
         return replace(self, run=run, num_extra_tokens=num_kept)
 
     def for_readers(self, count: int) -> "Features":
-        """Return features for ``count`` readers, which share one run of the blocks, kept in memory."""
+        """Return features for ``count`` readers; several readers share one run of the blocks, kept in memory."""
         if count == 1:
             return self
         layers = list(self.run(True))
         return replace(self, run=lambda _: layers)
 
     def poolings(self, x_BTD: Tensor, prefix: str = "") -> dict[str, Tensor]:
-        """Return prefix + name → pooling of (B, T, D), (B, D) float32; a clip's windows are averaged by weight."""
+        """Return ``prefix`` + name of a pooling → pooled tokens, (B, D) float32, with a clip's windows averaged."""
         x_BTD = x_BTD.float()
         cls_BP = x_BTD[:, 0] if self.pooled is None else self.pooled.float()
         pooled = {"cls": cls_BP} if self.has_cls_token else {}

@@ -1,4 +1,4 @@
-"""Make any module that maps images to tokens a teacher.
+"""Turn any module that maps images to tokens into a teacher.
 
 Shapes: B images, S pixels per side (or height and width), N tokens, D channels.
 """
@@ -36,7 +36,7 @@ class ModuleEncoder(PixelEncoder):
 
 
 class FrozenModel(Teacher):
-    """A teacher that is any module; the student has an encoder of its own.
+    """A teacher made from any module that maps images to tokens; its student has an encoder of its own.
 
     The target is the module's output, normalized. The module computes in the run's precision, by autocast.
 
@@ -44,7 +44,7 @@ class FrozenModel(Teacher):
         module: Maps images, (B, 3, height, width) float and normalized, to tokens, (B, N, D): CLS, if there is one,
             then the patches, row by row.
         source: Origin of the module's weights, which a student's files record.
-        license: License of the module's weights.
+        license: License of the module's weights; ``None``: not stated.
         embedding: Name of the teacher's embedding, such as ``output_mean``; default: ``output_cls`` or, without CLS,
             ``output_mean``.
         **sizes: ``image_size``, pixels per side or (height, width); ``grid_size``, rows and columns of patches;
@@ -52,8 +52,8 @@ class FrozenModel(Teacher):
             ImageNet's.
 
     Raises:
-        ValueError: The module returns something else than such tokens, or numbers that are not finite; or a size is out
-            of range.
+        ValueError: The module returns something other than such tokens, or numbers that are not finite; or a size is
+            out of range.
 
     Example:
         >>> class Grid(torch.nn.Module):  # patches without CLS
@@ -98,7 +98,7 @@ class FrozenModel(Teacher):
         return self  # foreign code may not expect cast weights
 
     def student_encoder(self) -> ImageEncoder:
-        """Build data2vec 2.0's stem, with learned positions, for as many tokens as the teacher's."""
+        """Build data2vec 2.0's image encoder without blocks, to be trained, for as many tokens as the teacher has."""
         shape, (rows, columns), dim = height_and_width(self.config.image_size), self.config.grid_size, self.embed_dim
         if shape[0] != shape[1] or rows != columns or shape[0] % rows:
             raise ValueError(

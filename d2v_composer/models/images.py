@@ -20,9 +20,9 @@ log = logging.getLogger(__name__)
 
 
 class PatchProjection(nn.Conv2d):
-    """A convolution with a stride equal to its kernel, computed as one matrix product over patches.
+    """A convolution with a stride equal to its kernel size, computed as one matrix product over patches.
 
-    On a GPU, one kernel normalizes the patches and writes them in half precision.
+    On a GPU, torch.compile can thus normalize the patches and cast them to half precision in one kernel.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -35,8 +35,8 @@ class PixelEncoder(Encoder):
     """The part that all image encoders share: resizing, normalization and baseline.
 
     Attributes:
-        is_first: True until the first float images that are not all of one value. Only these are checked for their
-            normalization, because the check makes a GPU wait.
+        is_first: True until :meth:`prepare` has had float images of more than one value. It warns if these are not
+            normalized, and checks no later images, because the check makes a GPU wait.
     """
 
     image_mean: Tensor
@@ -64,7 +64,7 @@ class PixelEncoder(Encoder):
                 low, high = values.aminmax()
                 self.is_first = bool(low == high)
                 if 0 <= low < high <= 1:
-                    log.warning("float images must be normalized, got values from 0 to 1; or give uint8 images")
+                    log.warning("expected float images that are normalized, or uint8 images, got floats from 0 to 1")
             return values
         if values.shape[2:] != size:
             values = resize(values, size, self.config.interpolation)
@@ -83,7 +83,7 @@ class PixelEncoder(Encoder):
         return torch.randint(0, 256, self.example(count).shape, dtype=torch.uint8)
 
     def baseline_of(self, inputs: Inputs) -> Tensor:
-        """Return the encoder's input, shrunk to CIFAR's 32 px, since a 224 px image would have 150,528 channels."""
+        """Return the pixels, shrunk to at most 32 per side, (B, channels): 224 per side would be 150,528 channels."""
         size = [min(SIDE_OF_PIXELS, side) for side in height_and_width(self.config.image_size)]
         return interpolate(self.prepare(inputs.values), size, mode="area").flatten(1)
 
@@ -108,7 +108,7 @@ class ImageEncoder(PixelEncoder, Data2Vec2Encoder):
 
 
 def resize(images: Tensor, shape: tuple[int, int], mode: str) -> Tensor:
-    """Resize uint8 images to (B, 3, *shape) with antialiasing; the results are whole numbers from 0 to 255."""
+    """Resize uint8 images with antialiasing to (B, 3, *shape), whole numbers: uint8 on a CPU, otherwise float32."""
     if images.device.type == "cpu":
         # The kernel is fastest on channels last, all that follows on contiguous images.
         return interpolate(images, shape, mode=mode, antialias=True).contiguous()
@@ -116,7 +116,7 @@ def resize(images: Tensor, shape: tuple[int, int], mode: str) -> Tensor:
 
 
 def resize_in_float(images: Tensor, shape: tuple[int, int], mode: str) -> Tensor:
-    """Resize like the uint8 kernel, which only CPUs have: rows, then columns, clamping the overshoot each time."""
+    """Resize like torch's uint8 kernel for CPUs: the width, then the height, rounded and clamped to 0–255 each time."""
     pixels = images.float()
     for each_shape in ((images.shape[-2], shape[1]), shape):
         pixels = interpolate(pixels, each_shape, mode=mode, antialias=True).round().clamp(0, 255)

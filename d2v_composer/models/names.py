@@ -1,6 +1,6 @@
 """Choices for YAMLs and command lines, and the names of embeddings.
 
-This module imports no torch, so ``--help`` shows them within a second.
+This module does not import torch, so that ``--help`` can show the choices within a second.
 """
 
 from reprlib import repr as short  # a list in a file may hold another one a million times
@@ -18,7 +18,7 @@ ENTRY_POINTS = "d2v_composer.teachers"
 CALLBACKS_GROUP = "d2v_composer.callbacks"
 """Group of entry points: each is called with a YAML's arguments and returns a Composer callback or logger."""
 EMBEDDING = "embedding"
-"""Name of a model's embedding: a teacher's own, or a student's estimate of it. All others are raw."""
+"""Name of a model's embedding: a teacher's own, or a student's estimate of it. All other embeddings are raw."""
 JOINT = "joint"
 """Name of the image embedding that a teacher shares with a text tower, such as CLIP's after its projection."""
 Pooling = Literal["cls", "mean", "mean_patches"]
@@ -27,21 +27,21 @@ MadeBy = Literal["teacher", "alignment", "training", "raw"]
 """What makes an embedding: a teacher; a student's alignment, fitted or trained; or a student without an alignment."""
 PrecisionName = Literal["fp32", "amp_bf16", "amp_fp16"]
 PrecisionChoice = Literal["auto", "fp32", "amp_fp16", "amp_bf16"]
-"""``auto`` is the fastest that the machine has instructions for."""
+"""``auto``: see :func:`~d2v_composer.models.precision.name_precision`."""
 Prediction = Literal["layer_mean", "last_block"]
 """What is regressed to the target: norm_mean of the student's FFN outputs, or the last block's output."""
 Normalization = Literal["instance", "layer"]
 """Normalization of each layer before the average.
 
-``instance`` is over time (fairseq's ``instance_norm_target_layer``, the image models'). ``layer`` is over channels
-(``layer_norm_target_layer``): it keeps each channel's mean over time, which a mean pooling sees.
+``instance`` is over tokens, as in data2vec 2.0 (fairseq's ``instance_norm_target_layer``). ``layer`` is over channels
+(fairseq's ``layer_norm_target_layer``), and keeps each channel's mean over tokens, which mean pooling uses.
 """
 TargetSource = Literal["ffn", "block"]
 """Layers of the target: the teacher's FFN outputs, or its blocks' outputs."""
 ExtraTokens = Literal["regress", "drop"]
 """What becomes of CLS and registers in the loss."""
 Weights = Literal["model", "ema"]
-"""Weights of a teacher's file: the trained ones, or their moving average."""
+"""Weights to take from a teacher's file: the trained weights, or their exponential moving average."""
 
 
 def check_choice(name: str, value: object, choices: object) -> None:

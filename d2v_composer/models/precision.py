@@ -28,7 +28,7 @@ class Precision(NamedTuple):
 
 
 def is_equal_but_for_rounding(outputs: Tensor, expected: Tensor) -> bool:
-    """Return True if float32 outputs, of any equal shape, are the expected ones, apart from rounding."""
+    """Return True if float32 outputs are equal to expected ones of the same shape, apart from rounding."""
     return bool((outputs - expected).norm() <= ROUNDING * expected.norm())  # false for NaN
 
 
@@ -84,6 +84,6 @@ def precision_of(dtype: torch.dtype | None, device: str) -> Iterator[None]:
 
 
 def cpu_autocast(is_on: bool) -> AbstractContextManager[object]:
-    """Return a context in which a CPU computes in bfloat16 if ``is_on``."""
+    """Return a context in which a CPU computes in bfloat16 if ``is_on``; otherwise, the context changes nothing."""
     # Not autocast(enabled=False), which would disable the caller's.
     return torch.autocast("cpu", torch.bfloat16) if is_on else nullcontext()

@@ -8,7 +8,7 @@ from typing import Any
 Json = Any
 """Content of a JSON or YAML file, or a part of it."""
 Record = dict[str, Json]
-"""A record as JSON or YAML has it: name → value of any kind, since other versions and programs wrote some of them."""
+"""A record from JSON or YAML: name → value of any type, since another version or program may have written it."""
 
 # Largest difference of two records of one teacher's outputs, relative to their norm. Processors differ by less than
 # 1e-5; weights converted to bfloat16 moved the outputs of tests/golden's audio teacher by 0.016.
@@ -16,20 +16,20 @@ IDENTITY_TOLERANCE = 0.03
 
 
 def value_at(record: Json, key: str) -> Json:
-    """Return the value of a dotted key; ``None`` if it is missing."""
+    """Return the value under a dotted key in nested mappings; ``None`` if the key is missing."""
     for part in key.split("."):
         record = record.get(part) if isinstance(record, Mapping) else None
     return record
 
 
 def distillation_of(provenance: Json) -> Json:
-    """Return the record of the run that distilled a student, even if it was fine-tuned since."""
+    """Return the record of the run that distilled a student, even if the student has been fine-tuned since."""
     before = value_at(provenance, "model.provenance")
     return provenance if before is None else distillation_of(before)
 
 
 def has_tuned_encoder(provenance: Json) -> bool:
-    """Return True if the run that distilled a student, or a fine-tuning run, trained its encoder too."""
+    """Return True if the run that distilled a student, or a run that fine-tuned it, trained its encoder, too."""
     before = value_at(provenance, "model.provenance")
     if before is None:
         return bool(value_at(provenance, "student.own_encoder"))
@@ -37,13 +37,13 @@ def has_tuned_encoder(provenance: Json) -> bool:
 
 
 def is_teacher_of(record: Json, own: Record) -> bool:
-    """Return True if a student's record names the teacher with this provenance, by its weights and what it computes."""
+    """Return True if a student's record has the hash of the teacher with this provenance, and outputs close to its."""
     sha256, outputs = (value_at(record, f"teacher.{key}") for key in ("sha256", "outputs"))
     return sha256 == own.get("sha256") and are_of_one_teacher(outputs, own.get("outputs"))
 
 
 def are_of_one_teacher(outputs: Json, expected: Json) -> bool:
-    """Return True if recorded outputs are as close to the expected ones as those of one teacher, in any precision."""
+    """Return True if two records of outputs differ so little that one teacher can have computed both."""
     with suppress(TypeError, ValueError):  # a file's record may hold anything
         return math.dist(outputs, expected) <= IDENTITY_TOLERANCE * math.hypot(*expected)
     return False

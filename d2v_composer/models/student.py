@@ -30,7 +30,7 @@ class Student(Transformer):
         provenance: Origin of teacher and student, stored in exported files.
 
     Attributes:
-        input_proj: D → d; the identity at the encoder's width.
+        input_proj: The linear layer from D to d channels; an Identity if the student is as wide as the encoder.
 
     Raises:
         ValueError: The sizes do not fit the encoder's.

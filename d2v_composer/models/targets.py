@@ -23,12 +23,12 @@ NORM_EPS = 1e-5
 def instance_norm(
     layer_BTD: Tensor, num_extra_tokens: int = 0, padding_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Normalize each input's channels over its tokens, (B, T, D) float32: biased variance, no affine transform.
+    """Normalize each input's channels over its tokens, with biased variance and without an affine transform.
 
     The first ``num_extra_tokens`` time steps, and padding, are normalized, but do not count in the statistics.
 
     Returns:
-        The layer normalized, and the factors of its channels, (B, 1, D).
+        The normalized layer, (B, T, D), and the factors by which its channels were scaled, (B, 1, D); both float32.
     """
     layer_BTD = layer_BTD.float()
     centred_BTD = layer_BTD - mean_over_time(layer_BTD, num_extra_tokens, padding_mask)
@@ -48,11 +48,13 @@ def norm_mean(
     """Normalize each layer, average the layers, apply LayerNorm: (B, T, D) float32.
 
     Args:
-        layers: FFN outputs, (B, T, D) each, any float dtype. From a generator, only one at a time is in memory.
-        num_extra_tokens: Leading time steps excluded from InstanceNorm's statistics.
+        layers: FFN outputs, (B, T, D) each, any float dtype. From a generator, only one at a time is in memory if no
+            gradient is needed.
+        num_extra_tokens: Number of leading time steps to exclude from InstanceNorm's statistics.
         normalization: Normalization of each layer: ``instance``, InstanceNorm over time, or ``layer``, LayerNorm.
         final_layer_norm: Apply the last LayerNorm; data2vec 2.0's audio models do not.
-        padding_mask: (B, T), true for padding, which is excluded from the statistics, too. Results there mean nothing.
+        padding_mask: (B, T), true for padding, which is excluded from the statistics, too. Results for padding are
+            meaningless.
 
     Raises:
         ValueError: There are no layers.
@@ -67,9 +69,9 @@ def norm_mean(
 
 
 def average(layers: Iterable[Tensor], final_layer_norm: bool = False) -> Tensor:
-    """Return the mean of layers, (B, T, D), then with ``final_layer_norm`` its LayerNorm.
+    """Return the mean of layers, (B, T, D), to which ``final_layer_norm`` applies a LayerNorm.
 
-    If ``layers`` is a generator, only one layer at a time is in memory.
+    If ``layers`` is a generator, only one layer at a time is in memory if no gradient is needed.
     """
     sum_BTD: Tensor | None = None
     num_layers = 0
@@ -142,7 +144,7 @@ def instance_norm_gradient(
 
 
 class LayerMean(nn.Module):
-    """norm_mean with the settings of a model: its ``layer_mean`` embeddings, and what a loss makes of layers.
+    """norm_mean with a model's settings, for the model's ``layer_mean`` embeddings, and for targets and predictions.
 
     Args:
         normalization, final_layer_norm: See :func:`norm_mean`.
@@ -159,17 +161,20 @@ class LayerMean(nn.Module):
         self.norm_mean: Callable[..., Tensor] = norm_mean  # or its compiled version
 
     def changed(self, normalization: Normalization | None = None, final_layer_norm: bool | None = None) -> "LayerMean":
-        """Return one with other settings; ``None`` keeps a setting."""
+        """Return a LayerMean with other settings; ``None`` keeps a setting."""
         is_final = self.final_layer_norm if final_layer_norm is None else final_layer_norm
         return LayerMean(normalization or self.normalization, is_final)
 
     def forward(self, layers: Iterable[Tensor], features: Features, num_dropped: int = 0) -> Tensor:
-        """Compute the mean of layers, (B, T, D) float32; statistics skip padding and ``num_dropped`` first tokens."""
+        """Compute the mean of layers, (B, T, D) float32.
+
+        Padding and the first ``num_dropped`` tokens do not count in InstanceNorm's statistics.
+        """
         return self.norm_mean(layers, num_dropped, self.normalization, self.final_layer_norm, features.padding_mask)
 
 
 def embeddings_of(features: Features, layer_mean: LayerMean) -> dict[str, Tensor]:
-    """Compute every embedding of a model, (B, D) float32, by name: poolings of its output and of its layers."""
+    """Compute every raw embedding of a model: name → (B, D) float32, or (B, P) for ``joint``."""
     if features.pooled is not None:
         output = features.output
         pooled = features.poolings(output, "output_")
@@ -181,9 +186,10 @@ def embeddings_of(features: Features, layer_mean: LayerMean) -> dict[str, Tensor
 
 
 def names_of(layer_mean: LayerMean, has_cls_token: bool) -> list[str]:
-    """Return the names of all embeddings of a model's output and ``layer_mean``.
+    """Return the names of all poolings of a model's output and ``layer_mean``.
 
-    Without a final LayerNorm, means of an instance-normalized ``layer_mean`` are left out, because they are 0.
+    Without a final LayerNorm, the means of an instance-normalized ``layer_mean`` are left out: the mean over all tokens
+    is 0.
     """
     names = ["cls", "mean", "mean_patches"][not has_cls_token :]
     is_zero = layer_mean.normalization == "instance" and not layer_mean.final_layer_norm
@@ -196,9 +202,9 @@ def target_of(features: Features, options: TargetOptions, top_k: int, layer_mean
 
     Args:
         features: The teacher's features.
-        options: Which layers and tokens.
-        top_k: Number of last layers.
-        layer_mean: Normalizes and averages the layers.
+        options: Which layers and tokens enter the target.
+        top_k: Number of the teacher's last layers to average.
+        layer_mean: The module that normalizes and averages the layers.
 
     Raises:
         ValueError: The teacher has fewer layers than ``top_k``.

@@ -24,7 +24,7 @@ class Teacher(Backbone, Freezable):
     """Base of teachers, in eval mode. Call :meth:`freeze` once the parameters exist.
 
     Args:
-        encoder: Shared with students that are blocks, unless :meth:`student_encoder` gives them one of their own.
+        encoder: The encoder, shared with students of blocks unless :meth:`student_encoder` builds another.
         config: The sizes.
         provenance: Origin of the weights, stored with what is derived from them; at least ``source`` and
             ``license``. ``embedding`` names the teacher's embedding, if it is not the default of its kind.
@@ -34,7 +34,7 @@ class Teacher(Backbone, Freezable):
     made_by = "teacher"
 
     def name_embedding(self, name: str | None) -> None:
-        """Let the teacher's embedding be the raw one of this name; ``None`` changes nothing.
+        """Make the raw embedding of this name the teacher's embedding; ``None`` changes nothing.
 
         Raises:
             ValueError: The teacher has no such embedding.
@@ -44,20 +44,21 @@ class Teacher(Backbone, Freezable):
         self.raw_embedding = name or self.raw_embedding
 
     def student_encoder(self) -> Encoder:
-        """Return the encoder of a student that is blocks: this teacher's, or a new one, which trains.
+        """Return the encoder for a student of blocks: this teacher's, or a new encoder, which is trained.
 
         Raises:
-            ValueError: No encoder for students can have this teacher's tokens.
+            ValueError: No encoder can be built for this teacher's grid of patches.
         """
         return self.encoder
 
     def identify(self, weights: Mapping[str, Tensor] | None = None) -> Self:
-        """Record in the provenance what this teacher is: a hash of its weights and preprocessing, and what it computes.
+        """Record in the provenance a hash of this teacher's weights and preprocessing, and a few of its outputs.
 
-        A hash that the provenance has stays: it is of the weights from which a file of fewer bits was converted.
+        A hash that is already there is kept: a file converted to fewer bits has the hash of the original weights.
 
         Args:
-            weights: The weights to hash; default: this model's. timm resamples some of a file's for other images.
+            weights: The weights to hash, such as those of a file, some of which timm resamples for another image size;
+                default: this model's.
 
         Raises:
             ValueError: The teacher's outputs are not finite.
@@ -89,13 +90,13 @@ class Teacher(Backbone, Freezable):
             x: (B, T, D), from :meth:`encode`.
             extra_tokens: ``regress`` them like patches, or ``drop`` them before InstanceNorm, as data2vec 2.0's
                 pre-training does.
-            padding_mask: (B, T), true for padding, from :meth:`padding_mask`; targets of padding mean nothing.
+            padding_mask: (B, T), true for padding, from :meth:`padding_mask`; targets for padding are meaningless.
             **options: Further fields of :class:`~d2v_composer.models.configs.TargetOptions`; default: as in this
                 teacher's pre-training. ``average_top_k_layers`` is then a data2vec 2.0 model's own (for images, all of
                 base's, 18 of large's 24, 24 of huge's 32), and all blocks of any other teacher.
 
         Returns:
-            (B, T, D) float32; without the extra tokens (B, N, D).
+            (B, T, D) float32; if ``extra_tokens`` are dropped, (B, N, D).
 
         Raises:
             ValueError: An option is unknown, or the teacher has fewer blocks than asked for.
@@ -132,7 +133,7 @@ class Teacher(Backbone, Freezable):
             model: ``timm/NAME``, for a timm model of any architecture whose features have a grid. The whole model
                 trains; it takes images of this teacher's size, normalized as for this teacher.
             pretrained: Start from timm's weights of ``model``.
-            freeze_copied: Train only what ``init`` does not copy.
+            freeze_copied: Freeze the attention that ``init="teacher_attention"`` copies; not with another ``init``.
             depth, mlp_ratio, alibi, embed_dim, normalization, final_layer_norm: Fields of
                 :class:`~d2v_composer.models.configs.StudentConfig`; default: those of the thesis chapter, and
                 ``final_layer_norm`` the teacher's.
@@ -142,7 +143,8 @@ class Teacher(Backbone, Freezable):
             :class:`~d2v_composer.models.timm_network.TimmStudent`.
 
         Raises:
-            ValueError: A size is out of range or, for a copy, differs from the teacher's; or an option is unknown.
+            ValueError: A size is out of range or, for a copy, differs from the teacher's; or an option is unknown or
+                does not go with another.
 
         Example:
             >>> student = teacher.build_student(depth=2, mlp_ratio=3.0)
@@ -160,7 +162,9 @@ class Teacher(Backbone, Freezable):
         }
         sizes = {name: value for name, value in fields.items() if value is not None}
         if freeze_copied and init != "teacher_attention":
-            raise ValueError("freeze_copied: must be false without init teacher_attention, or nothing would be trained")
+            raise ValueError(
+                "freeze_copied: must be false without init teacher_attention, whose copies alone it freezes"
+            )
         if model is not None:
             return self.build_network(model, pretrained, sizes | ({} if init == "random" else {"init": init}))
         if pretrained:

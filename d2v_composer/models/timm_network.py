@@ -1,6 +1,7 @@
 """Students of any architecture: timm models whose features have a grid, without their classifiers.
 
-Shapes: B images, S pixels per side, N cells of the grid, T tokens of a teacher, C channels, P of the embedding.
+Shapes: B images, S pixels per side, N cells of the grid, T tokens (cells and prefix tokens), C channels, P channels of
+the embedding.
 """
 
 from typing import Any
@@ -26,13 +27,13 @@ TimmModule = Any
 def create_network(
     config: TimmNetworkConfig, pretrained: bool = False, num_classes: int = 0
 ) -> tuple[TimmModule, Record]:
-    """Build timm's model, by default without its classifier.
+    """Build a timm model, by default without its classifier.
 
     Returns:
         The model, and the options with which ``timm.create_model`` builds it.
 
     Raises:
-        ValueError: timm has no such model, or not at this image size, or no weights of it.
+        ValueError: timm has no such model, cannot build it for this image size, or has no weights of it.
     """
     name = timm_name(config.model)
     options: Any = {"num_classes": num_classes} | ({} if config.in_chans == 3 else {"in_chans": config.in_chans})
@@ -49,12 +50,12 @@ def create_network(
 
 
 def load_pretrained(model: str) -> "TimmStudent":
-    """Load a timm model with timm's weights and preprocessing, to compare others with it.
+    """Load a timm model with timm's weights and preprocessing, to compare other models with it.
 
-    A final projection, such as CLIP's, makes its embedding.
+    If the model ends with a projection, such as CLIP's, the projection computes the embedding.
 
     Raises:
-        ValueError: timm has no such model or no weights of it, or its features have no grid.
+        ValueError: timm has no such model or no weights of it, or the model's features have no grid.
     """
     student, pretrained = TimmStudent(config_of(model), pretrained=True), timm.get_pretrained_cfg(timm_name(model))
     if width := projection_width(pretrained.num_classes if pretrained else None):
@@ -80,9 +81,9 @@ def config_of(model: str) -> TimmNetworkConfig:
 
 
 def projection_width(num_classes: int | None) -> int:
-    """Return the width of a timm model's final projection, judged by its number of classes; 0 if it has none.
+    """Return the width of a timm model's final projection; 0 if the model ends with a classifier, or with neither.
 
-    A projection's width is a multiple of 64; no classifier in timm has such a number of classes.
+    ``num_classes`` is the width of a projection if it is a multiple of 64, which no timm classifier's number is.
     """
     return 0 if num_classes is None or num_classes % 64 else num_classes
 
@@ -98,7 +99,7 @@ class TimmBackbone(PixelEncoder):
     """A whole timm model as an encoder: the cells of its last feature map are the tokens.
 
     Args:
-        config: Which model, and the preprocessing.
+        config: The model's name and preprocessing.
         pretrained: Start from timm's weights, from the Hugging Face hub or its cache.
 
     Attributes:
@@ -130,10 +131,10 @@ class TimmBackbone(PixelEncoder):
         return self.num_channels
 
     def find_grid(self, features: Tensor) -> tuple[int, int]:
-        """Return the grid (height, width) of a feature map, or of tokens.
+        """Return the grid's (height, width) in cells, given a feature map with 4 dimensions, or tokens with 3.
 
         Raises:
-            ValueError: The features are neither.
+            ValueError: The features have no grid.
         """
         if features.ndim == 4:
             height, width = features.shape[1:3] if self.is_channels_last else features.shape[2:]
@@ -153,13 +154,13 @@ class TimmBackbone(PixelEncoder):
         return getattr(self.model, "output_fmt", "NCHW") == "NHWC"
 
     def cells(self, features: Tensor) -> Tensor:
-        """Return the features of a timm model as (B, N, C)."""
+        """Return the cells of a timm model's feature map, or its tokens without prefix tokens, as (B, N, C)."""
         if features.ndim == 3:
             return features[:, self.num_prefix_tokens :]
         return features.flatten(1, 2) if self.is_channels_last else features.flatten(2).transpose(1, 2)
 
     def timm_tensors(self, model: Any, head: nn.Module | None) -> dict[str, Tensor]:
-        """Return the state dict for a ``model`` that timm built with a classifier, which is ``head``."""
+        """Return the state dict for a ``model`` that timm built with a classifier, whose tensors are ``head``'s."""
         tensors = model.state_dict() | self.model.state_dict()
         for prefix in classifier_prefixes(self.config):  # a convolution, or two layers
             for name, tensor in ({} if head is None else head.state_dict()).items():
@@ -178,8 +179,9 @@ class TimmBackbone(PixelEncoder):
 class TimmStudent(Backbone):
     """A student that is a timm model; the whole model is its encoder.
 
-    Its raw embeddings are those of timm: ``output_cls`` is ``forward_head(…, pre_logits=True)``, ``output_mean`` and
-    ``output_mean_patches`` are the mean of the feature map. In a file, its alignment is timm's classifier.
+    Its raw embeddings are made of timm's features: ``output_cls`` is ``forward_head(…, pre_logits=True)``;
+    ``output_mean`` and ``output_mean_patches`` are both the mean of the feature map. A file holds the alignment as
+    timm's classifier.
 
     Args:
         config, pretrained: See :class:`TimmBackbone`.

@@ -55,7 +55,7 @@ class Kind(NamedTuple):
     is_post_norm: bool = False
     """True if each branch ends with its LayerNorm, before the residual sum."""
     scale: str = "gamma_{}"
-    """Attribute with the LayerScale of branch 1 or 2: a parameter, a module, or ``None``."""
+    """Name of the attribute that holds the LayerScale of branch 1 or 2: a parameter, a module, or ``None``."""
 
 
 KINDS: dict[type[nn.Module], Kind] = {
@@ -79,8 +79,8 @@ def fuse_biases(attention: TimmModule) -> None:
 class TimmBlock(FfnBlock):
     """A timm block: attention branch, then MLP branch, each added to the residual stream.
 
-    The FFN output is what the MLP branch adds, after LayerScale. The block calls timm's own submodules, because hooks
-    on them would break torch.compile.
+    The FFN output is what the MLP branch adds, after LayerScale. The block calls timm's submodules itself, because
+    forward hooks would break torch.compile.
 
     Args:
         block: A block of a supported kind.
@@ -113,13 +113,13 @@ class TimmBlock(FfnBlock):
 
 
 class FixedContexts(nn.Module):
-    """The contexts of blocks, in a buffer that moves with the model and is stored in exported files.
+    """The rotary positions or attention biases of blocks, in a buffer that is stored in exported files.
 
     Args:
-        table: One context for all blocks, (1, …), or one for each, (L, …); ``None`` if blocks need none.
+        table: One entry for all blocks, (1, …), or one for each, (L, …); ``None`` if the blocks have neither.
         num_blocks: Number of blocks, L.
-        is_cast: True for biases of the attention scores, which are read in the attention's dtype; their rows are padded
-            as its kernels require.
+        is_cast: True for attention biases, which are cast to the attention's dtype, and whose rows are padded as the
+            attention kernels require.
     """
 
     table: Tensor | None
@@ -130,14 +130,14 @@ class FixedContexts(nn.Module):
         self.register_buffer("table", table if num_blocks else None)
 
     def of_blocks(self, start: int, stop: int) -> "FixedContexts":
-        """Return the contexts of blocks ``start`` to ``stop - 1``."""
+        """Return the positions or biases of blocks ``start`` to ``stop - 1``."""
         table = self.table
         if table is not None:
             table = (table if len(table) == 1 else table[start:stop]).clone()
         return FixedContexts(table, stop - start, self.is_cast)
 
     def forward(self, x_BTD: Tensor) -> list[Tensor | None]:
-        """Return the context of each block for an input."""
+        """Return each block's rotary positions or attention bias for an input; ``None`` if it has neither."""
         table = self.table
         if table is None:
             return [None] * self.num_blocks
@@ -149,7 +149,7 @@ class FixedContexts(nn.Module):
 
 @torch.no_grad()
 def take_contexts(model: TimmModule) -> FixedContexts:
-    """Remove the contexts of all blocks from a model, and return them."""
+    """Remove the rotary positions or relative biases of all blocks from a model, and return them."""
     num_blocks = len(model.blocks)
     if isinstance(model, Beit):
         return FixedContexts(take_relative_bias(model), num_blocks, is_cast=True)
@@ -162,7 +162,10 @@ def take_contexts(model: TimmModule) -> FixedContexts:
 
 
 def take_relative_bias(model: TimmModule) -> Tensor | None:
-    """Remove the relative biases from a model, and return each block's own with the shared one added, if it has any."""
+    """Remove the relative biases from a BEiT model, and return them, (L or 1, 1, H, T, padded T), or ``None``.
+
+    A bias that all blocks share is added to each block's own.
+    """
     attentions = [block.attn for block in model.blocks if block.attn.relative_position_bias_table is not None]
     biases = [gather(attention) for attention in attentions]
     if model.rel_pos_bias is not None:
@@ -175,7 +178,7 @@ def take_relative_bias(model: TimmModule) -> Tensor | None:
 
 
 def gather(part: TimmModule) -> Tensor:
-    """Return the bias of each pair of tokens, (1, H, T, T)."""
+    """Return the relative bias of each pair of tokens, (1, H, T, T)."""
     return part.relative_position_bias_table[part.relative_position_index].permute(2, 0, 1)[None]
 
 
@@ -188,7 +191,7 @@ def build_timm_model(model: str, image_size: ImageSize | str | None = None, num_
         num_outputs: Number of outputs of a projection at the model's end; 0 for no projection.
 
     Raises:
-        ValueError: There is no such model, or it cannot be a teacher, or not at this size.
+        ValueError: timm has no such model or cannot build it for this size, or the model cannot be a teacher.
     """
     name = timm_name(model)
     built = create_on_meta(name)
@@ -202,7 +205,7 @@ def build_timm_model(model: str, image_size: ImageSize | str | None = None, num_
         raise ValueError(f"{model} has a {type(stem).__name__} stem; only PatchEmbed is supported")
     if unknown := [type(block).__name__ for block in built.blocks if type(block) not in KINDS]:
         allowed = ", ".join(sorted({kind.__name__ for kind in KINDS}))
-        raise ValueError(f"blocks of class {unknown[0]} are not supported; expected one of {allowed}")
+        raise ValueError(f"{model}: blocks of class {unknown[0]} are not supported; expected one of {allowed}")
     patch = cast("tuple[int, int]", stem.patch_size)
     if image_size is None:  # timm leaves out what is left of a patch at the edge
         data = resolve_data_config(pretrained_cfg=built.pretrained_cfg)
@@ -217,7 +220,7 @@ def build_timm_model(model: str, image_size: ImageSize | str | None = None, num_
 
 
 def create_on_meta(name: str, **options: Any) -> TimmModule:
-    """Call timm's factory on the meta device.
+    """Build a timm model on the meta device, so that it has no memory for weights.
 
     Raises:
         ValueError: The name's tag is unknown, or an option does not fit the model.
@@ -230,15 +233,15 @@ def create_on_meta(name: str, **options: Any) -> TimmModule:
 
 
 def teacher_config(model: str, built: TimmModule, first_blocks: int | None = None) -> TeacherConfig:
-    """Return the sizes of a built model.
+    """Return the config of a teacher that is a timm model.
 
     Args:
         model: ``timm/NAME``.
-        built: The model.
-        first_blocks: Number of blocks in the encoder; default: a sixth of all, as in data2vec 2.0 base.
+        built: The model, built by timm.
+        first_blocks: Number of blocks in the encoder; default: a sixth of all, rounded, as in data2vec 2.0 base.
 
     Raises:
-        ValueError: ``first_blocks`` leaves no block to the teacher.
+        ValueError: ``first_blocks`` is negative, or leaves no block to the teacher.
     """
     num_blocks = len(built.blocks)
     first_blocks = round(num_blocks / 6) if first_blocks is None else first_blocks
@@ -285,7 +288,7 @@ class TimmParts(NamedTuple):
 
 
 def materialize(module: ModuleT) -> ModuleT:
-    """Allocate memory for a meta module, unless meta is the default device; its parameters stay unset."""
+    """Allocate memory for a meta module, unless meta is the default device; its parameters get no values."""
     device = torch.get_default_device()
     if device.type != "meta":
         module.to_empty(device=device)
@@ -309,7 +312,7 @@ class TimmHead(Freezable):
         self.model._parameters, self.model._buffers = {}, {}
 
     def forward(self, output_BTD: Tensor) -> Tensor:
-        """Return the embedding ``joint``, (B, P)."""
+        """Return the embedding ``joint``, (B, P), given the output of the final norm."""
         return self.model.forward_head(output_BTD)
 
 
@@ -321,7 +324,7 @@ class TimmEncoder(PixelEncoder):
         parts: Parts of a model of these sizes; default: new ones, into which a state dict must be loaded.
 
     Raises:
-        ValueError: There is no such model, or it has other sizes.
+        ValueError: timm has no such model, or builds it with other sizes than the config's.
     """
 
     config: TimmEncoderConfig
@@ -361,7 +364,7 @@ class TimmTeacher(Transformer, Teacher):
         model: A timm model with its weights; it is taken apart.
         config: Sizes of the model.
         provenance: Origin of the weights, stored with what is derived from them.
-        has_head: The model's head has weights, too, and gives the embedding ``joint``.
+        has_head: True if the model's head has weights, too, and computes the embedding ``joint``.
     """
 
     config: TeacherConfig

@@ -243,7 +243,7 @@ def test_pixels_from_0_to_1_are_named_once(teacher: Data2Vec2, caplog: pytest.Lo
     """Only the first images are looked at: on a GPU, each look would wait for it."""
     for _ in range(2):
         teacher.encode(IMAGES / 255)
-    assert caplog.messages == ["float images must be normalized, got values from 0 to 1; or give uint8 images"]
+    assert caplog.messages == ["expected float images that are normalized, or uint8 images, got floats from 0 to 1"]
     caplog.clear()
     other = load_data2vec2(GOLDEN / "tiny_base.pt", "model")
     for images in (IMAGES, teacher.encoder.example(2), IMAGES / 255 - 0.5, IMAGES / 255):
