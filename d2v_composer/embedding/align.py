@@ -70,16 +70,18 @@ def pairs_of_index(source: Source, index: VectorIndex, path: str, maximum: int) 
     names, places, counts = np.unique(index.ids, return_index=True, return_counts=True)
     rows = dict(zip(names[counts == 1].tolist(), places[counts == 1].tolist(), strict=True))
     numbers = [number for number, name in enumerate(map(str, source.ids)) if name in rows]
+    num_repeated = int(counts[counts > 1].sum())
     if not numbers:
         there, here = (repr(str(ids[0])) if len(ids) else "none" for ids in (index.ids, source.ids))
         raise InputError(
-            f"{path} has no row for any sample of {source.root}: ids look like {there} there, and like {here} here"
+            f"{path} has no row for any sample of {source.root}: ids look like {there} there, and like {here} here; "
+            f"left out {num_repeated:,} rows with repeated ids"
         )
     numbers = [numbers[place] for place in evenly_spaced(len(numbers), maximum)]
     found = np.array([rows[str(source.ids[number])] for number in numbers])
     unknown = EmbeddingInfo("unknown embedding", "raw", index.rows.shape[1], "")
     of = unknown if index.made_by is None else index.made_by["embedding"]
-    return Pairs(numbers, index.rows, found, of), int(counts[counts > 1].sum())
+    return Pairs(numbers, index.rows, found, of), num_repeated
 
 
 def pairs_of_model(source: Source, model: Backbone, maximum: int) -> Pairs:

@@ -287,6 +287,7 @@ def with_nan(rows: np.ndarray) -> np.ndarray:
     ("spoil", "message"),
     [
         (lambda ids, rows: (np.char.add("cats/", ids), rows), r"has no row for any sample of .*'cats/000.jpg#?0?'"),
+        (lambda ids, rows: (ids.repeat(2), rows.repeat(2, 0)), "here; left out 240 rows with repeated ids"),
         (
             lambda ids, rows: (ids[:23], rows[:23]),
             r"expected at least 24 readable samples with an embedding .* \(half its width, or 20 if more\), got 23",
