@@ -1,5 +1,6 @@
 """Compare what an exported file computes in each runtime of this machine with PyTorch."""
 
+import io
 import json
 import os
 import shutil
@@ -81,9 +82,11 @@ def verify(
     with tempfile.TemporaryDirectory() as temporary:
         folder = kit or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        np.savez(folder / "kit.npz", *inputs, np.concatenate([student.embed_all(x)[embedding] for x in samples]))
+        archive = io.BytesIO()  # on a full disk, numpy's writer hides the error behind another
+        np.savez(archive, *inputs, np.concatenate([student.embed_all(x)[embedding] for x in samples]))
+        write_atomically(folder / "kit.npz", archive.getvalue())
         limits = {"embedding": embedding, "cosine": cosine, "difference": difference}
-        (folder / "kit.json").write_text(json.dumps(limits, indent=1), encoding="utf-8")
+        write_atomically(folder / "kit.json", json.dumps(limits, indent=1))
         shutil.copy(script, folder)
         if kit is not None:
             with suppress(shutil.SameFileError):  # the file is in the folder already

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import resource
 import runpy
 import shutil
 import subprocess
@@ -27,7 +28,7 @@ from d2v_composer.export import programs as exported
 from d2v_composer.export import verification
 from d2v_composer.export.programs import quantize
 from d2v_composer.models.timm_teacher import TimmTeacher, teacher_config
-from d2v_composer.system.errors import InputError
+from d2v_composer.system.errors import InputError, RunError
 from helpers import GOLDEN, ROOT, d2v, failure, succeed
 from small_students import random_student, student_with_program
 from small_vits import RESAMPLED_BILINEARLY, random_vit
@@ -66,6 +67,17 @@ def changed(program: Path, change: Callable[[onnx.ModelProto], None], path: Path
     change(model)
     onnx.save(model, path)
     return path
+
+
+def test_a_full_disk_is_named(student: Path, tmp_path: Path) -> None:
+    """The disk of the temporary folder, too, which gets the same files."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        with pytest.raises(RunError, match=r"kit\.npz cannot be written: File too large$"):
+            write_kit(student.with_suffix(".onnx"), student, tmp_path / "kit")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_kit_runs_without_this_package(kit: Path, student: Path) -> None:
