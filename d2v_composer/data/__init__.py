@@ -17,10 +17,10 @@ def modality_of(config: EncoderConfig) -> Modality:
 
 
 def build_augmentation(loader: BaseModel, modality: Modality, seed: int, for_views: bool = False) -> Augmentation:
-    """Build the augmentation of the training samples, or of the views of a sample in an evaluation.
+    """Build the augmentation of the training samples or, for an evaluation, of the views of a sample.
 
     Args:
-        loader: The section ``train_loader``.
+        loader: The config's section ``train_loader``.
         modality: Modality of the samples.
         seed: Seed of the random numbers.
         for_views: Build the augmentation that makes the views of a sample.
@@ -30,6 +30,6 @@ def build_augmentation(loader: BaseModel, modality: Modality, seed: int, for_vie
     """
     for name in sorted(frozenset().union(*(kind.options for kind in MODALITIES.values())) - modality.options):
         if (value := getattr(loader, name)) != type(loader).model_fields[name].default:
-            raise InputError(f"train_loader.{name}: must be left out for a teacher of {modality.unit}; got {value}")
+            raise InputError(f"train_loader.{name}: must be left out if the teacher takes {modality.unit}; got {value}")
     options = loader.model_dump(include=set(modality.options))
     return Augmentation(modality.augmentation(for_views, **options), seed)

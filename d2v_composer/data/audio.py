@@ -1,4 +1,4 @@
-"""Audio as samples: decode clips to 16 kHz mono, and crop them."""
+"""Decode audio clips to 16 kHz mono, crop them, and encode them as FLAC."""
 
 import io
 import math
@@ -31,10 +31,11 @@ BLOCK = 1 << 18  # samples of each channel decoded at a time
 
 
 def open_clip(encoded: bytes, longest: int) -> soundfile.SoundFile:
-    """Read the header of an audio file.
+    """Read the header of an audio file of at most ``longest`` seconds.
 
     Raises:
-        UnreadableSampleError: The file's format, channels, sample rate or length is not allowed.
+        UnreadableSampleError: The file's format, channels, sample rate or length is not allowed, or an OGG file is
+            truncated.
     """
     file = soundfile.SoundFile(io.BytesIO(encoded))
     low, high = SAMPLE_RATES
@@ -57,7 +58,7 @@ def open_clip(encoded: bytes, longest: int) -> soundfile.SoundFile:
 
 
 def read_blocks(file: soundfile.SoundFile, count: int) -> Iterator[NDArray[np.float32]]:
-    """Decode the next ``count`` samples, and yield them by blocks, mono.
+    """Decode the next ``count`` samples of a file, and yield them in blocks, mono, (at most ``BLOCK``,).
 
     Raises:
         UnreadableSampleError: The file is truncated.
@@ -75,11 +76,12 @@ def read_span(file: soundfile.SoundFile, start: int, count: int) -> NDArray[np.f
 
     Args:
         file: The file.
-        start: The first sample, at the file's rate.
+        start: Index of the first sample, at the file's rate.
         count: Number of samples, at the file's rate.
 
     Raises:
-        UnreadableSampleError: The file is truncated, or the span shorter than 720 samples, not finite or too loud.
+        UnreadableSampleError: The file is truncated, or the span has fewer than 720 samples at 16 kHz, values that are
+            not finite, or values beyond ±10.
     """
     if file.subtype == "VORBIS":  # libsndfile misses a place in the last page
         for _ in read_blocks(file, start):
@@ -99,28 +101,28 @@ def read_span(file: soundfile.SoundFile, start: int, count: int) -> NDArray[np.f
 
 
 def encode_flac(clip: NDArray[np.float32]) -> bytes:
-    """Return a clip, (L,) at 16 kHz, as a FLAC file of 16 bits."""
+    """Return a clip, (L,) at 16 kHz, as a FLAC file with 16 bits per sample."""
     file = io.BytesIO()
     soundfile.write(file, clip, SAMPLE_RATE, "PCM_16", format="FLAC")
     return file.getvalue()
 
 
 class RandomCrop(NamedTuple):
-    """The training augmentation of a clip: a random span of at most ``longest`` samples."""
+    """The training augmentation of a clip: a random span of at most ``longest`` samples at 16 kHz."""
 
     longest: int
     max_share: float = 1.0
-    """For a decoded clip, the largest share that a crop takes."""
+    """The largest share of a decoded clip that a crop takes; a crop of a file may take all of it."""
 
     @property
     def sample_bytes(self) -> int:
         return 4 * self.longest
 
     def __call__(self, sample: bytes | Tensor, rng: np.random.Generator, source: str = "clip") -> Tensor:
-        """Crop a clip: a file's bytes, of which only the span is decoded, or (L,) at 16 kHz.
+        """Crop a clip, given as a file's bytes, of which only the span is decoded, or as (L,) float32 at 16 kHz.
 
         Returns:
-            (at most ``longest``,) float32 at 16 kHz.
+            The random span, (at most ``longest``,) float32 at 16 kHz.
 
         Raises:
             UnreadableSampleError: The file cannot be decoded.
@@ -137,7 +139,7 @@ class RandomCrop(NamedTuple):
 
 @dataclass(frozen=True)
 class Audio(Modality):
-    """Audio clips, 16 kHz mono, of any length."""
+    """Audio clips, decoded to 16 kHz mono, which may differ in length."""
 
     name = "audio"
     unit = "clips"
@@ -149,7 +151,7 @@ class Audio(Modality):
     has_lengths = True
 
     def decode(self, stored: bytes, source: str) -> Tensor:
-        """Decode a clip to (L,) float32; unlike :meth:`encode`, accept silent ones."""
+        """Decode a clip of at most 60 seconds to (L,) float32 at 16 kHz; unlike :meth:`encode`, accept silence."""
         with decoding(stored, source, KIND), open_clip(stored, MAX_SECONDS_WHOLE) as file:
             return torch.from_numpy(read_span(file, 0, file.frames))
 
@@ -157,7 +159,8 @@ class Audio(Modality):
     def encode(cls, stored: bytes, source: str, **options: Json) -> tuple[bytes, int]:
         """Keep a 16 kHz mono FLAC, WAV or OGG file of at most ``most_seconds``.
 
-        All others are cut to that length and converted to 16 kHz mono FLAC of 16 bits.
+        Other clips are cut to that length and converted to 16 kHz mono FLAC with 16 bits per sample. A silent clip is
+        an error.
         """
         with decoding(stored, source, KIND), open_clip(stored, MAX_SECONDS) as file:
             whole = read_span(file, 0, file.frames)

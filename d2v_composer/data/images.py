@@ -1,4 +1,4 @@
-"""Images as samples: decode them to RGB, resize or augment them."""
+"""Decode images to RGB, resize or augment them, and encode them as JPEGs."""
 
 import io
 import math
@@ -42,8 +42,8 @@ def open_image(encoded: bytes) -> Image.Image:
     """Read the header of an image file.
 
     Raises:
-        UnreadableSampleError: The image has more than ``PIL.Image.MAX_IMAGE_PIXELS``. Pillow alone would warn, and
-            decode twice as many.
+        UnreadableSampleError: The image has more than ``PIL.Image.MAX_IMAGE_PIXELS``. Pillow itself only warns below
+            twice that number.
     """
     limit = Image.MAX_IMAGE_PIXELS
     try:
@@ -56,7 +56,7 @@ def open_image(encoded: bytes) -> Image.Image:
 
 
 def turn_of(exif: bytes) -> Image.Transpose | None:
-    """Return the transposition that turns an image upright; ``None`` if its EXIF record asks for none."""
+    """Return the transposition that turns an image upright, given its EXIF record; ``None`` if it needs none."""
     with suppress(Exception):  # without a record, or with a corrupt one
         record = Image.Exif()
         record.load(exif)
@@ -65,7 +65,7 @@ def turn_of(exif: bytes) -> Image.Transpose | None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Decode an image to RGB, upright; 16-bit values become 8-bit.
+    """Decode an image to upright RGB; 16-bit values become 8-bit.
 
     Raises:
         ValueError: The values are not colors. Pillow raises other errors if the file is corrupt.
@@ -117,7 +117,7 @@ class CuttableJpeg(NamedTuple):
 
     @classmethod
     def parse(cls, encoded: bytes, source: str) -> "CuttableJpeg | None":
-        """Read the header. Return ``None`` if Pillow must decode the file: not a JPEG, truncated, or EXIF-rotated."""
+        """Read a JPEG's header; return ``None`` if Pillow must decode the file, as if it is progressive or rotated."""
         # Pillow rejects a file without its end, which a decoder that stops early cannot notice. A truncated file does
         # not end like this by chance: the marker cannot occur within the coded pixels.
         if not (encoded.startswith(JPEG_START) and encoded.endswith(b"\xff\xd9")):
@@ -221,7 +221,7 @@ def random_crop_box(
 
 
 class RandomResizedCropFlip(NamedTuple):
-    """The training augmentation of one image."""
+    """The training augmentation of one image: a random crop, resized to ``image_size`` and at random mirrored."""
 
     image_size: ImageSize
     scale: tuple[float, float] = (0.08, 1.0)
@@ -235,10 +235,10 @@ class RandomResizedCropFlip(NamedTuple):
         return 3 * math.prod(height_and_width(self.image_size))
 
     def __call__(self, sample: bytes | Image.Image | Tensor, rng: np.random.Generator, source: str = "image") -> Tensor:
-        """Augment one image: a file's bytes, a PIL image or (3, height, width) uint8.
+        """Augment one image, given as a file's bytes, a PIL image or a (3, height, width) uint8 tensor.
 
         Returns:
-            (3, height, width) uint8.
+            The augmented image, (3, height, width) uint8, of the size ``image_size``.
 
         Raises:
             UnreadableSampleError: The image cannot be decoded.
@@ -256,7 +256,7 @@ class Images(Modality):
 
     Attributes:
         image_size: Pixels per side, or (height, width).
-        interpolation: Pillow's filter: bicubic or bilinear.
+        interpolation: The resizing's filter: bicubic or bilinear.
     """
 
     image_size: ImageSize = 224
@@ -274,7 +274,7 @@ class Images(Modality):
     @classmethod
     def of(cls, config: Any) -> "Images":
         if config.in_chans != 3:
-            raise InputError(f"the model takes images of {config.in_chans} channels, but files are read as RGB")
+            raise InputError(f"the model takes images with {config.in_chans} channels, but files are read as RGB")
         return cls(config.image_size, config.interpolation)
 
     def decode(self, stored: bytes | Image.Image, source: str) -> Tensor:
@@ -290,7 +290,10 @@ class Images(Modality):
     def encode(  # pyright: ignore[reportIncompatibleMethodOverride]: each modality has options of its own
         cls, stored: bytes | Image.Image, source: str, resize: int | None = None, quality: int = 90
     ) -> tuple[bytes, None]:
-        """Keep an upright RGB JPEG as it is; encode all other images, and resized ones, as JPEGs without metadata."""
+        """Keep an upright RGB JPEG as it is; encode all other images as JPEGs without metadata.
+
+        Images whose shorter side has more than ``resize`` pixels are resized first, and then always encoded.
+        """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = read_image(stored, source)

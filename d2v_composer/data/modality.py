@@ -19,7 +19,7 @@ from d2v_composer.models.provenance import Json
 from d2v_composer.system.errors import UnreadableSampleError
 
 Stored = Any
-"""A sample as a source has it: a file's bytes, or what a column holds; each modality accepts its own kinds."""
+"""A sample as its source stores it: a file's bytes, or what a column holds; each modality accepts its own kinds."""
 MAX_BYTES = 1 << 30  # limit of a file, because files are read whole
 
 
@@ -33,7 +33,7 @@ class Transform(Protocol):
 
     @property
     def longest(self) -> int | None:
-        """Length of the longest result; ``None`` if all results have one size."""
+        """Length of the longest result, in audio samples; ``None`` if all results have one size."""
         ...
 
     def __call__(self, sample: Stored, rng: np.random.Generator, source: str = "sample") -> Tensor: ...
@@ -43,15 +43,15 @@ class Modality(ABC):
     """Images or audio: how samples are decoded, stored, augmented and batched.
 
     Attributes:
-        name: Name of the entry in a batch, and of the column in an MDS data set.
+        name: Name of the samples' entry in a batch, and of their column in an MDS data set.
         unit: The word for several samples in messages.
         cost_unit: Name of the input for which a model's operations are counted.
         suffixes: Suffixes of the files in a folder that are samples.
         needs: Suffix of files that cannot be decoded here → the package that can decode them.
-        encodings: The encodings of a column that can be read.
+        encodings: The MDS encodings of a column that can hold samples.
         options: Fields of ``train_loader`` that are arguments of :meth:`augmentation`.
-        batch_size: Samples that ``d2v embed`` embeds at once.
-        has_lengths: True if samples have lengths, which a converted data set's summary lists.
+        batch_size: Number of samples that are embedded at once, unless the user sets another.
+        has_lengths: True if samples differ in length; the summary of a converted data set then lists the lengths.
     """
 
     name: ClassVar[str]
@@ -79,7 +79,7 @@ class Modality(ABC):
         """Decode a whole sample, for an evaluation.
 
         Args:
-            stored: The sample.
+            stored: The sample as its source stores it.
             source: The sample's name for errors.
 
         Raises:
@@ -100,7 +100,7 @@ class Modality(ABC):
         """Return the augmentation for training or, with ``for_views``, the one that makes the views of a sample."""
 
     def stack(self, samples: Iterator[Tensor], count: int) -> Tensor | list[Tensor]:
-        """Collect decoded samples in memory."""
+        """Collect ``count`` decoded samples in memory."""
         return list(samples)
 
 
@@ -108,8 +108,8 @@ def read_sample_file(path: Path) -> bytes:
     """Return the bytes of a sample's file.
 
     Raises:
-        UnreadableSampleError: The file does not exist, is a dangling link, a pipe or the like, or too large.
-        OSError: The machine cannot read (no permission, too many open files, a failing disk, …).
+        UnreadableSampleError: The file does not exist, is a dangling link, is not a regular file, or is above 1 GiB.
+        OSError: The machine cannot read the file (no permission, too many open files, a failing disk, …).
     """
     if "\0" in str(path):
         raise UnreadableSampleError(f"{str(path)!r} is not a path")
@@ -174,8 +174,8 @@ def collate(samples: Sequence[Tensor], sizes: Sequence[int] = ()) -> tuple[Tenso
 
     Args:
         samples: Samples whose shapes differ at most in the last dimension.
-        sizes: Lengths to choose the padded length from, ascending, because a compiled model needs a graph for each;
-            without one that is long enough, samples are padded to the longest.
+        sizes: Lengths to which samples may be padded, ascending, because a compiled model needs a graph for each
+            length. If none is long enough, samples are padded to the longest sample.
     """
     lengths = torch.tensor([sample.shape[-1] for sample in samples])
     longest = int(lengths.max())

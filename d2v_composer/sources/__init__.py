@@ -1,7 +1,6 @@
 """Read samples wherever they are: in folders, MDS, Parquet files, tars, zips and stores.
 
-The kinds of files that hold many samples have their names here; help, errors and tables of guides come from these
-records.
+``CONTAINERS`` describes each kind of file that holds many samples; help, errors and tables of guides use its texts.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,7 +18,7 @@ class Container(NamedTuple):
     samples: str
     """What the samples in the file are, as text for the guides."""
     labels: str
-    """What ``--label-column`` names; empty if folders in the file are classes and splits, as in a folder."""
+    """What ``--label-column`` takes, as text; empty if it takes nothing: folders in the file are classes and splits."""
     module: str
     """Module whose ``list_samples`` lists the samples of a file; imported when it is needed."""
 
@@ -42,8 +41,8 @@ CONTAINERS = (
         ".tar",
         "tars",
         "FILE.tar/KEY",
-        "files by suffix, as in WebDataset; if a key has several, `--column jpg` chooses; without labels of their own, "
-        "classes and splits are folders in it",
+        "files by suffix, as in WebDataset; if a key has several, `--column jpg` chooses; without `--label-column`, "
+        "folders in the tar are classes and splits",
         "cls or json:KEY",
         "tars",
     ),
@@ -52,7 +51,7 @@ CONTAINERS = (
 
 
 def path_of(name: str) -> str:
-    """Return a listed file's path as a folder has it, whoever wrote ``name``; '' if a part of it is hidden."""
+    """Return a listed file's path without empty parts and '.'; '' if a part begins with '.', and so is hidden."""
     parts = [part for part in name.split("/") if part not in ("", ".")]
     return "" if any(part.startswith(".") for part in parts) else "/".join(parts)
 
@@ -66,13 +65,17 @@ def listed(words: Iterable[str]) -> str:
 NAMES = listed(container.plural for container in CONTAINERS)
 # What a SOURCE may be besides a folder of files, and the help of --column and --label-column.
 SOURCES = f"MDS, {NAMES} (a file, folder or glob, here or in a store: s3://, …), or hf://datasets/ORG/NAME"
-COLUMN = "Column of the samples (in tars, suffix of their files); default: the only such one (in MDS, image or audio)."
-CHOOSE = "choose one with --column, or column and label_column in a YAML"
+COLUMN = (
+    "The column that holds the samples; in tars, the suffix of their files. Default: the only column that can hold "
+    "samples; in MDS, image or audio."
+)
+CHOOSE = "choose one with --column or, in a YAML, with column and label_column"
 LABEL_COLUMN = ", ".join(f"for {container.plural} {container.labels}" for container in CONTAINERS if container.labels)
 # Values of ``format`` of a labeled set; those of LOCAL need a folder on this machine.
 LOCAL = ("cifar10", "cifar100", "speech_commands", "mds", "folder")
 FORMATS = (*LOCAL, *(container.suffix[1:] for container in CONTAINERS))
-FORMAT = "null: what ROOT holds. If it holds several kinds, or is a data set by itself: " + listed(
-    f"``{name}``" for name in FORMATS
+FORMAT = (
+    "Format of the data set; null finds it from the files in ROOT. Set it for CIFAR, for Speech Commands, and if ROOT "
+    "holds several formats: " + listed(f"``{name}``" for name in FORMATS)
 )
 IDS = ", ".join(container.ids for container in CONTAINERS)

@@ -20,26 +20,26 @@ class Member(NamedTuple):
     """A file in an archive."""
 
     name: str
-    """Its name in the archive."""
+    """Its name as stored in the archive."""
     path: str
-    """Its path, with slashes; folders end in one."""
+    """Its name with slashes between folders; a folder's ends in a slash."""
     size: int
-    """Number of bytes when it is read."""
+    """Number of bytes of its uncompressed content."""
     place: tuple[int, ...]
-    """Whole numbers by which the member is found and read; all members have equally many."""
+    """Whole numbers with which ``Read`` finds and reads the member; all members have equally many."""
     fault: str = ""
-    """Why it cannot be read; '' if it can."""
+    """Why it cannot be read, as the end of 'PATH is …'; '' if it can be read."""
 
 
 Read = Callable[[BinaryIO, str, int, tuple[int, ...]], bytes]
-"""Reads a member, given the archive and the member's name, size and place."""
+"""A function that returns a member's content, given the open archive and the member's name, size and place."""
 
 
 def list_archive(snapshot: FileSnapshot, columns: Columns, members: Iterable[Member], read: Read) -> SampleListing:
-    """List the samples of an archive, with their paths in it, which tell split and class.
+    """List the samples of an archive, with their paths in the archive, whose folders are splits and classes.
 
     Raises:
-        InputError: A sample cannot be read, or is there twice.
+        InputError: A sample cannot be read, or two samples have the same path.
     """
     left_out, names, paths, places = Counter[str](), list[str](), list[str](), array("q")
     for member in members:

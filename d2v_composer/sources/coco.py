@@ -1,6 +1,6 @@
 """Read images with boxes: a folder of images, and a JSON file in COCO's format.
 
-Shapes: N images, K boxes of all images, one image's after another's.
+Shapes: N images; K boxes of all images, sorted by image.
 """
 
 from collections import Counter
@@ -52,11 +52,11 @@ class Boxes(NamedTuple):
     names: PackedStrings
     """Path of each image in the folder."""
     sizes: Int64Array
-    """Width and height of each image, (N, 2)."""
+    """Width and height of each image, in pixels, (N, 2)."""
     first: Int64Array
     """Index of each image's first box in ``boxes``, then K, the number of boxes, (N + 1,)."""
     boxes: NDArray[np.float32]
-    """Left, top, right, bottom, in pixels, (K, 4)."""
+    """Left, top, right and bottom of each box, in pixels, (K, 4)."""
     labels: Int64Array
     """Label of each box, (K,): the position of its category in ``class_names``, from 1."""
     crowds: NDArray[np.bool_]
@@ -64,9 +64,9 @@ class Boxes(NamedTuple):
     class_names: Mapping[int, str]
     """Category's id → its name, by ascending id; ids may have gaps."""
     left_out: int
-    """Number of boxes that were left out."""
+    """Number of boxes of the JSON file that :func:`read_coco` left out."""
     sha256: str
-    """Hash of the JSON file."""
+    """SHA-256 of the JSON file, in hexadecimal."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -75,11 +75,12 @@ class Boxes(NamedTuple):
 def read_coco(folder: Path, file: Path, with_crowds: bool) -> Boxes:
     """Read and check COCO's JSON file, and find the images.
 
-    Boxes are cut off at the image's edge. Those without area in the image are left out; without ``with_crowds``, crowds
-    too.
+    Boxes are clipped to their image. Boxes whose width or height is then below :data:`SMALLEST` are left out and,
+    without ``with_crowds``, so are crowds.
 
     Raises:
-        InputError: A line for each kind of problem: an image is missing, an id occurs twice, or the file is not COCO's.
+        InputError: The file is not in COCO's format, or has no images; or, with a line for each kind of problem, an
+            image is missing, an id or a file name occurs twice, or a box's image or category is not listed.
     """
     with reading(file):
         try:
@@ -96,15 +97,15 @@ def read_coco(folder: Path, file: Path, with_crowds: bool) -> Boxes:
         "images that are not in the folder": (
             name for image in images if not (folder / (name := image.file_name)).is_file()
         ),
-        "images with the id of another": repeated(image.id for image in images),
-        "images with the name of another": repeated(image.file_name for image in images),
-        "categories with the id of another": repeated(category.id for category in categories),
+        "ids of several images": repeated(image.id for image in images),
+        "file names of several images": repeated(image.file_name for image in images),
+        "ids of several categories": repeated(category.id for category in categories),
         "images that have boxes and are not listed": {row.image_id for row in rows} - position.keys(),
         "categories that have boxes and are not listed": {row.category_id for row in rows} - label_of.keys(),
     }
     found = {kind: cases for kind, them in problems.items() if (cases := sorted(them, key=str))}
     if found or not images:
-        lines = [f"{len(cases)} {kind}; the first: {cases[0]}" for kind, cases in found.items()] or ["no images"]
+        lines = [f"{len(cases)} {kind}; the first: {cases[0]}" for kind, cases in found.items()] or ["lists no images"]
         raise InputError(*(f"{file}: {line}" for line in lines))
     rows.sort(key=lambda row: position[row.image_id])  # stable
     owner = np.array([position[row.image_id] for row in rows], np.int64)

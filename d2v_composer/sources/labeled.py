@@ -1,4 +1,4 @@
-"""Load labeled samples into memory, for retrieval and the tests of fine-tuning, and make batches of them."""
+"""Load labeled samples into memory, for retrieval and the test splits of fine-tuning, and make batches of them."""
 
 import hashlib
 import json
@@ -38,33 +38,33 @@ log = logging.getLogger(__name__)
 
 
 def evenly_spaced(total: int, maximum: int | None) -> Sequence[int]:
-    """Return at most ``maximum`` of the numbers below ``total``, evenly spaced, or all for ``None``."""
+    """Return ``maximum`` evenly spaced whole numbers below ``total``; all if there are fewer, or for ``None``."""
     if maximum is None or maximum >= total:
         return range(total)
     return [number * total // maximum for number in range(maximum)]
 
 
 class LabeledSamples(NamedTuple):
-    """Samples with one label each; without labels, all are 0."""
+    """Samples with one label each; in a set without labels, each label is 0."""
 
     samples: Any
-    """Images, (N, 3, height, width) uint8; or N clips, (L,) float32 each."""
+    """Images, (N, 3, height, width) uint8; or a list of N clips at 16 kHz, (L,) float32 each."""
     labels: Tensor
     """(N,) int64."""
 
 
 class EvaluationSet(NamedTuple):
-    """Two splits, each the bank for the other's queries; or only test images, without labels (all 0)."""
+    """Two splits, each the bank for the other's queries; or only test samples, without labels (all 0)."""
 
     train: LabeledSamples
     test: LabeledSamples
     class_names: tuple[str, ...] = ()
     """Name of each label; empty if the labels are only numbers."""
     class_embeddings: Tensor | None = None
-    """A text tower's embedding of each label, (C, P) float32."""
+    """A text tower's embedding of each of C labels, (C, P) float32."""
 
     def numbered(self) -> "EvaluationSet":
-        """Return the set with labels from 0 without gaps, each with its name and class embedding at that place."""
+        """Return the set with its labels renumbered from 0 without gaps; names and class embeddings follow them."""
         if not self.has_labels:
             return self
         values, numbers = torch.cat([self.train.labels, self.test.labels]).unique(return_inverse=True)
@@ -83,7 +83,8 @@ class EvaluationSet(NamedTuple):
     def fingerprint(self) -> str:
         """Return a hash of the labels, to identify the set. Pixels are left out: they vary with the decoder.
 
-        For a set without labels, the mean value, rounded to a whole number, and the lengths of clips are hashed.
+        For a set without labels, the number of samples, their mean value, rounded to a whole number, and the lengths of
+        clips are hashed.
         """
         labels = [split.labels.tolist() for split in (self.train, self.test)]
         if not self.has_labels:
@@ -92,7 +93,7 @@ class EvaluationSet(NamedTuple):
         return hashlib.sha256(json.dumps(labels).encode()).hexdigest()
 
     def count_shared(self) -> int:
-        """Return the number of test images that are, bit by bit, among the train images."""
+        """Return the number of test samples that are identical, bit by bit, to a train sample."""
         train, test = ([xxh3_128_digest(sample.contiguous().numpy()) for sample in samples] for samples, _ in self[:2])
         return sum(map({*train}.__contains__, test))
 
@@ -103,7 +104,7 @@ class EvaluationSet(NamedTuple):
 
     @property
     def has_labels(self) -> bool:
-        """True if the set has labels; False if it has only test images."""
+        """True if the set has labels; False if it has only test samples."""
         return len(self.train.labels) > 0
 
     @property
@@ -125,7 +126,7 @@ def load_labeled_set(
     max_images: int | None = None,
     class_embeddings: str | Path | None = None,
 ) -> EvaluationSet:
-    """Load a labeled set, or a set without labels: a folder without class folders, or MDS without ``label_column``.
+    """Load a labeled set; or a set without labels: a folder without class folders, or with ``label_column=None``.
 
     Args:
         format: ``cifar10`` or ``cifar100`` for torchvision's files in ``root``; ``speech_commands`` for its unpacked
@@ -135,18 +136,19 @@ def load_labeled_set(
             labels, only the test split is read, or the whole root if it has no splits.
         root: The folder, or another source of :func:`~d2v_composer.sources.open.open_source`.
         modality: Modality of the samples; default: images.
-        image_size: Pixels per side to which images are resized when they are loaded. CIFAR's keep their size until the
-            model resizes them, in batches on the device.
+        image_size: Pixels per side, or (height, width), to which images are resized when they are loaded. CIFAR's
+            images keep their size until the model resizes them, in batches on the device.
         interpolation: Interpolation of the resizing: bicubic or bilinear, as in the model's config.
         download: Fetch CIFAR if it is missing.
         column: The column that holds the samples; see :func:`~d2v_composer.sources.open.open_source`.
         label_column: The column that holds the labels; ``None`` for no labels.
-        max_images: Load at most this many images of each split, evenly spaced; the others are not decoded.
-        class_embeddings: A .npy with a text tower's embedding of each class, in the order of the class names.
+        max_images: Load at most this many samples of each split, evenly spaced; the others are not decoded.
+        class_embeddings: A .npy file, (C, P), with a text tower's embedding of each class, in the order of the class
+            names.
 
     Raises:
-        InputError: The set is missing or corrupt, or has no images or another modality's; or ``max_images`` selects
-            images of only one class.
+        InputError: The set is missing or corrupt, or has no samples of the modality; ``max_images`` selects samples of
+            only one class; or ``class_embeddings`` does not fit the classes.
 
     Example:
         >>> cifar10 = load_labeled_set("mds", "cifar10", image_size=32, max_images=100)
@@ -171,7 +173,7 @@ def load_labeled_set(
     for split in (labeled.train, labeled.test) if labeled.has_labels else ():
         # Labels may recur at the very spacing of the images chosen, and then all are hits.
         if 1 < len(split.labels) == max_images and bool((split.labels == split.labels[0]).all()):
-            raise InputError(f"{root}: max_images={max_images} selects images of only one class; choose another value")
+            raise InputError(f"{root}: max_images={max_images} selects samples of only one class; choose another value")
     if class_embeddings is not None and labeled.has_labels:
         labeled = labeled._replace(class_embeddings=_read_class_embeddings(Path(class_embeddings), labeled))
     return labeled
@@ -180,13 +182,13 @@ def load_labeled_set(
 def open_labeled_sets(
     section: Mapping[str, Json], modality: Modality, **changes: Json
 ) -> dict[str, Callable[[], EvaluationSet]]:
-    """Return name → function that loads the set, numbered, for the data sets of a section that null does not turn off.
+    """Return name → function that loads the set, with its labels renumbered, for each data set that is not null.
 
     Args:
-        section: The fields ``datasets``, of :func:`load_labeled_set`'s arguments, and ``max_images``, as in a YAML's
-            section ``retrieval``.
+        section: A section such as a YAML's ``retrieval``. Its ``datasets`` are names with the arguments of
+            :func:`load_labeled_set`; its ``max_images`` applies to those without their own.
         modality: Modality of the samples.
-        **changes: Other values of arguments of :func:`load_labeled_set`.
+        **changes: Arguments of :func:`load_labeled_set` that replace the section's.
     """
 
     def load(options: Mapping[str, Json]) -> EvaluationSet:
@@ -202,7 +204,7 @@ ONLY_SAMPLES = {"download": False, "class_embeddings": None}
 
 
 def _read_class_embeddings(path: Path, labeled: EvaluationSet) -> Tensor:
-    """Read the embedding of each class, (C, P) float32."""
+    """Read the embeddings of the set's C classes, (C, P) float32."""
     with reading(path):
         rows = torch.from_numpy(np.load(path)).float()
     # Labels without names may be of more classes than these samples.
@@ -216,7 +218,7 @@ def _read_class_embeddings(path: Path, labeled: EvaluationSet) -> Tensor:
 
 
 def open_cifar(name: str, root: Path, download: bool) -> dict[str, Source]:
-    """Open train and test of torchvision's CIFAR-10 or CIFAR-100, as images of their own size.
+    """Open the splits train and test of torchvision's CIFAR-10 or CIFAR-100; the images keep their 32 x 32 pixels.
 
     Raises:
         InputError: The data set is missing, corrupt, or cannot be downloaded.
@@ -277,19 +279,19 @@ def _open_splits(
     test = next(filter(splits.__contains__, ("test", "validation", "val")), None)
     if label_column is None or (files.in_folders and "train" not in splits):
         if label_column and test is None and any("/" in path for path in splits[""].values()):
-            log.warning("%s: found no labels; to have some, sort the files into train/CLASS and test/CLASS", root)
+            log.warning("%s: found no labels; to add labels, sort the files into train/CLASS and test/CLASS", root)
         return [files.open_split(test or NONE, NONE)]
     sources = [files.open_split(split) for split in ("train", test or "test")]
     if (sources[0].label is None) != (sources[1].label is None):
-        raise InputError(f"{root}: expected the same class folders in train and {test}")
+        raise InputError(f"{root}: expected class folders in train and in {test}, or in neither")
     return sources[sources[0].label is None :]
 
 
 def _open_speech_commands(root: Path, modality: Modality) -> list[Source]:
     """Open Speech Commands v2 (Warden 2018, arXiv:1804.03209): one-second clips of 35 words.
 
-    The test split is what testing_list.txt names; the train split, what neither this nor validation_list.txt names. The
-    validation clips and the background noise are not used.
+    The test split has the clips that testing_list.txt names; the train split, those that neither that file nor
+    validation_list.txt names. The validation clips and the background noise are not used.
     """
     with reading(root):
         if not (root / TEST_LIST).exists():
@@ -317,12 +319,12 @@ def _load(source: Source, max_images: int | None) -> LabeledSamples:
 
 
 def load_mds(folder: Path, modality: Modality, column: str | None, label_column: str | None) -> LabeledSamples:
-    """Load one split of an MDS data set (see :func:`load_labeled_set`)."""
+    """Load all samples of an MDS data set, with labels (see :func:`load_labeled_set` for the columns)."""
     return _load(open_mds(Index(folder, modality, column, labels=label_column)), None)
 
 
 def read_class_names(root: Path) -> tuple[str, ...]:
-    """Return the class names that d2v convert-images wrote next to the index in ROOT/train or ROOT/test, if any.
+    """Return the class names that a conversion wrote next to the index in ROOT/train or ROOT/test, if any.
 
     Raises:
         InputError: The names of train and test differ, so that a label means another class in test than in train.

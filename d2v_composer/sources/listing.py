@@ -24,14 +24,14 @@ ResultT = TypeVar("ResultT")
 
 
 class Listing(NamedTuple):
-    """Files of a source."""
+    """The files of a source."""
 
     root: str
     """A folder or an address; an address on the hub has the commit."""
     files: list[File]
     """Files with a wanted suffix, sorted."""
     left_out: Mapping[str, int]
-    """Number of other files by kind."""
+    """Kind of the other files → their number."""
     is_chosen: bool
     """True if the user named a file or a glob in ``root``."""
 
@@ -50,7 +50,7 @@ class FileSnapshot(NamedTuple):
 
     @classmethod
     def of(cls, root: str, file: File) -> Self:
-        """Fetch a listed file if it is remote.
+        """Return the snapshot of a listed file, which is fetched first if it is remote.
 
         Raises:
             InputError: The file cannot be fetched, or has changed.
@@ -63,7 +63,7 @@ class FileSnapshot(NamedTuple):
         return cls(name, path, copy._replace(version=""), copy)
 
     def read(self, function: Callable[[BinaryIO], ResultT], what: str = "", *, again: bool = False) -> ResultT:
-        """Return the result of a function of the opened file. A damaged copy is fetched once more.
+        """Call a function with the opened file, and return its result. A damaged copy is fetched once more.
 
         Args:
             function: Raises InputError if the content is not what the user wants, any other error if it is damaged.
@@ -105,7 +105,7 @@ def list_files(source: str, suffixes: tuple[str, ...], needs: Mapping[str, str])
         needs: Suffix of files that cannot be decoded here → the package that can decode them.
 
     Returns:
-        The files; ``None`` for an address that is a folder in another store.
+        The files; ``None`` for a folder in a store that is not one of ``STORES`` or the hub.
 
     Raises:
         InputError: The source does not exist or cannot be listed, or a data set on the hub must be named more exactly.
@@ -144,7 +144,7 @@ def list_files(source: str, suffixes: tuple[str, ...], needs: Mapping[str, str])
 
 
 def matched_parts(glob: Sequence[str], parts: Sequence[str]) -> frozenset[int]:
-    """Return the numbers of leading parts of a glob that can match a whole path; ``len(glob)`` if the path fits."""
+    """Return how many leading parts of a glob can match a whole path: all such numbers; ``len(glob)`` if it matches."""
     counts = {0}
     for part in ("", *parts):
         if part:
@@ -155,10 +155,10 @@ def matched_parts(glob: Sequence[str], parts: Sequence[str]) -> frozenset[int]:
 
 
 def _list_disk(root: str, glob: Sequence[str], left_out: Counter[str]) -> Iterator[tuple[File, object]]:
-    """Yield what is in a folder and those subfolders that may hold files of a glob; links come last.
+    """Yield the files in a folder and in those subfolders that may hold files of a glob; links come last.
 
     Yields:
-        A file, and an object that is equal for all names of the file; also hidden files and folders, not entered.
+        A file, and an object that is equal for all names of the file. Hidden folders are yielded too, but not entered.
 
     Raises:
         OSError: A folder cannot be listed.
@@ -194,12 +194,12 @@ def _list_disk(root: str, glob: Sequence[str], left_out: Counter[str]) -> Iterat
 
 
 def _list_hub(folder: str, suffixes: tuple[str, ...], chosen: str) -> tuple[str, list[File]]:
-    """List the files below a data set on the Hugging Face hub, or else below the hub's own conversion of it.
+    """List the files of a data set on the Hugging Face hub or, if none has a wanted suffix, of the hub's conversion.
 
     Args:
-        folder: The address.
+        folder: Address of the data set, or of a folder in it.
         suffixes: Suffixes of the wanted files.
-        chosen: The file or the glob that chooses some of the files, if there is one.
+        chosen: The file or the glob that the user gave below ``folder``; '' if there is none.
 
     Returns:
         The address with the commit, and the files.

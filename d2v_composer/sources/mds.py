@@ -1,7 +1,8 @@
 """Read MDS, MosaicML Streaming's format, as Streaming 0.13.0 writes it: an index, and the samples of its shards.
 
-A shard is the number of its samples N, the N + 1 offsets of the samples in the file, a description, and the samples. A
-sample is the sizes of those columns that have no fixed size, then the columns. All these numbers are uint32.
+A shard holds the number of its samples, N; the N + 1 offsets in bytes at which samples begin or end; a description; and
+the samples. A sample holds the sizes in bytes of those columns that have no fixed size, then the columns' values.
+Numbers, offsets and sizes are uint32.
 """
 
 import hashlib
@@ -31,7 +32,7 @@ ALIGNMENT_SHARDS = 64
 
 
 class Summary(TypedDict, total=False):
-    """The part of a conversion's summary that readers need; the file also has the settings."""
+    """The fields of a conversion's summary that readers use; the file also has the conversion's settings."""
 
     classes: list[Json] | None
     lengths: list[int]
@@ -60,15 +61,15 @@ ENCODINGS: dict[str, Callable[[bytes], Stored]] = {
 
 
 class ShardFile(NamedTuple):
-    """Index entry for a file."""
+    """An index's entry for a shard's file, uncompressed or compressed."""
 
     basename: str
     bytes: int
     hashes: Mapping[str, str]
-    """Name of an algorithm in hashlib or xxhash → the content's hash with it; may be empty."""
+    """Name of an algorithm in hashlib or xxhash → hash of the file's content; may be empty."""
 
     def find_fault(self, path: Path) -> str | None:
-        """Return an error message if a file differs from its entry, or ``None``."""
+        """Return an error message if the file at ``path`` differs from this entry; otherwise ``None``."""
         if (size := path.stat().st_size) != self.bytes:
             return f"{path} has {size} bytes, but the index says {self.bytes}"
         # Of several hashes, those of xxhash take the least time.
@@ -89,10 +90,10 @@ class Shard(NamedTuple):
     zipped: ShardFile | None
     compression: str | None
     columns: list[tuple[str, int | None, Callable[[bytes], Stored] | None]]
-    """Name, bytes (``None``: they vary) and decoder (``None``: not read) of each column."""
+    """Name, size in bytes (``None`` if it varies) and decoder (``None`` if the column is not read) of each column."""
 
     def read(self, path: Path, number: int) -> dict[str, Stored]:
-        """Read the wanted columns of a sample from the shard's raw file.
+        """Read the wanted columns of the shard's sample ``number``, from 0, out of the shard's uncompressed file.
 
         Raises:
             OSError: The file cannot be read.
@@ -102,7 +103,7 @@ class Shard(NamedTuple):
             file.seek(4 * (1 + number))
             begin, end = np.frombuffer(file.read(8), np.uint32).tolist()
             if not begin < end <= self.raw.bytes:
-                raise ValueError(f"the sample's offsets in the shard are {begin} and {end}")
+                raise ValueError(f"the sample's offsets, {begin} and {end}, do not fit {self.raw.bytes} bytes")
             file.seek(begin)
             data = file.read(end - begin)
         num_varying = sum(size is None for _, size, _ in self.columns)
@@ -119,15 +120,15 @@ class Shard(NamedTuple):
 
 
 class Index:
-    """The index of a data set, parsed and checked, so that the samples that it lists can be read.
+    """The index of an MDS data set, parsed and checked, with which its samples can be read.
 
     Args:
         folder: The folder of the ``index.json``; for a data set in a store, its cache.
         modality: Modality of the samples.
-        column: The column of samples; default: the modality's name.
-        labels: The column of labels, if labels are to be read.
-        remote: Address of a data set whose shards are fetched later. Without it, each shard must be in ``folder`` in
-            its full size.
+        column: The column that holds the samples; default: the modality's name.
+        labels: The column that holds the labels, if labels are to be read.
+        remote: Address of a data set whose shards are fetched later. Without an address, each shard must be in
+            ``folder``, with the size that the index states.
 
     Raises:
         InputError: The index is missing or corrupt, lists no samples or lacks a column, the column cannot hold such
@@ -164,10 +165,10 @@ class Index:
 
     @cached_property
     def lengths(self) -> NDArray[np.int64] | None:
-        """The lengths of the samples, (N,), from the summary of their conversion; ``None`` if all have one size.
+        """The lengths of the clips at 16 kHz, (N,), from the summary of their conversion; ``None`` for images.
 
         Raises:
-            InputError: The summary is missing or corrupt, or has not all lengths.
+            InputError: The summary is missing or corrupt, or does not have N lengths.
         """
         if not self.modality.has_lengths:
             return None
@@ -181,9 +182,10 @@ class Index:
 
     @cached_property
     def sha256(self) -> str:
-        """The hash of the content, of which the location and the names of files are no part.
+        """The SHA-256 of the data set's content, in hexadecimal; it does not depend on the place and names of files.
 
-        Shards of a local data set whose index has no hashes are read and hashed. In a store, only their sizes count.
+        Local shards for which the index has no hashes are read and hashed; of such shards in a store, only the numbers
+        of samples and bytes count.
 
         Raises:
             InputError: A shard cannot be read.
@@ -199,13 +201,13 @@ class Index:
         return self.remote is None or all(shard.raw.hashes for shard in self.shards)
 
     def describe(self) -> Record:
-        """Describe the data set: where it is, and its content."""
+        """Return the data set's modality, location, hash, and numbers of samples and shards."""
         place = {"modality": self.modality.name, "location": self.source}
         return {**place, "sha256": self.sha256, "samples": len(self), "shards": len(self.shards)}
 
     @property
     def _listed_lengths(self) -> list[int]:
-        """The lengths in the summary of a conversion; empty for another maker's data set."""
+        """The lengths in the summary of a conversion; empty if there is no summary, or none with lengths."""
         path = self.folder / SUMMARY
         return read_json(path, Summary).get("lengths", []) if path.exists() else []
 
@@ -234,11 +236,14 @@ class Index:
                 )
             if encodings[name] not in known:
                 raise InputError(
-                    f"{self.source}: its column {name!r} is {encodings[name]}; expected one of {', '.join(known)}"
+                    f"{self.source}: its column {name!r} is encoded as {encodings[name]}; expected one of "
+                    f"{', '.join(known)}"
                 )
         # Each sample takes at least the four bytes of its offset; a larger number would take memory for no samples.
         if not 0 < 4 * entry["samples"] <= raw.bytes:
-            raise InputError(f"{self.source}: its {INDEX} claims {entry['samples']} samples in {raw.bytes} bytes")
+            raise InputError(
+                f"{self.source}: its {INDEX} claims {entry['samples']} samples in a shard of {raw.bytes} bytes"
+            )
         if self.remote is None:
             self._check_file(*filter(None, (raw, zipped)))
         decoders = [ENCODINGS[encoding] if name in wanted else None for name, encoding in encodings.items()]

@@ -1,4 +1,4 @@
-"""Open samples wherever they are: in a folder, MDS or files that hold many; local, in a store, on the hub."""
+"""Open samples wherever they are: in a folder, in MDS, or in files that hold many; local, in a store or on the hub."""
 
 import csv
 import os
@@ -50,13 +50,13 @@ class Files:
 
     Attributes:
         root: A folder or an address.
-        files: Files in it.
-        left_out: Number of other files by kind.
+        files: The files below ``root``.
+        left_out: Kind of the other files → their number.
         is_chosen: True if the user named a file or a glob.
         container: Kind of the files; ``None`` if they are samples in a folder.
         columns: The columns to read.
-        part: Part to open: some of the files or, if there are fewer files than parts, all of them; then the part only
-            chooses among shards or batches later.
+        part: The part to open: some of the files or, if there are fewer files than parts, all of them; then the part
+            only chooses among shards or batches later.
     """
 
     root: str
@@ -74,12 +74,12 @@ class Files:
 
     @cached_property
     def in_folders(self) -> bool:
-        """True if the folders of samples are splits and classes; of tars, the first decides."""
+        """True if the folders of samples, also in archives, are splits and classes; of tars, the first decides."""
         return not self.has_columns or (self.has_paths and self._have_folders(self._list(self.files[0]).labels))
 
     @property
     def has_paths(self) -> bool:
-        """True if samples are listed with paths, not with labels of a column."""
+        """True if samples are listed with their paths, and not with labels from a column."""
         if self.container is None or not self.has_columns:
             return True
         return self.container.suffix == TAR and self.columns.labels is None
@@ -88,10 +88,10 @@ class Files:
         return not self.has_columns or (self.has_paths and any("/" in path for path in labels))
 
     def find_splits(self, *names: str) -> dict[str, Any]:  # two forms, which in_folders tells apart
-        """Return split → number of a sample → path, if samples are in folders; otherwise, split → its files.
+        """Return, for each split of ``names``, number → path of its samples in folders; otherwise, the split's files.
 
         Raises:
-            InputError: A file's name has the words of two splits.
+            InputError: A file's path has the words of several splits.
         """
         if self.in_folders:
             return sort_folders(self._opened[1], *names)
@@ -100,7 +100,7 @@ class Files:
             words = split_words(file.path, names)
             if len(words.intersection(SPLITS)) > 1:
                 raise InputError(
-                    f"{self.root}/{file.path}: its name has the words of several splits, {listed(sorted(words))}; "
+                    f"{self.root}/{file.path}: its path names several splits, {listed(sorted(words))}; "
                     "choose files with a glob, and --split none"
                 )
             for word in words:
@@ -112,10 +112,10 @@ class Files:
         return self._opened[0]
 
     def open_split(self, split: str | None, labels: str | Path | None = None) -> Source:
-        """Open the samples of a split. The names of classes are those of ``train``, if there is such a split.
+        """Open the samples of a split. The names of classes are those of the split ``train``, if there is one.
 
         Args:
-            split: Name of the split; ``none``: all samples; default: ``train``, or all if there are no splits.
+            split: Name of the split; ``none``: all samples; default: ``train``, or all samples if there are no splits.
             labels: Labels of samples in folders; see :func:`open_source`.
 
         Raises:
@@ -153,7 +153,7 @@ class Files:
         return source.with_classes(file_labels, class_names, "each class must be in the train split")
 
     def _open_folders(self, splits: dict[str, dict[int, str]], split: str | None, labels: str | Path | None) -> Source:
-        """Open the samples of a split, or all if there is no such split; the folders in it are the classes."""
+        """Open the samples of a split, or all if there is no such split; the folders in the split are the classes."""
         name = split or "train"
         chosen = splits[name if name in splits else ""]
         has_classes = any("/" in path for path in chosen.values())
@@ -164,7 +164,7 @@ class Files:
                 "--split train or --split none"
             )
         source = self.open().select([*chosen])
-        hint = "a class is a folder in train; for no classes, convert with --labels none"
+        hint = "a class is a folder in train; for no classes, use --labels none or, in a YAML, label_column: null"
         if labels is None and not has_classes:
             labels = file if (file := Path(self.root, f"LOC_{name}_solution.csv")).is_file() else NONE
         if labels == NONE:
@@ -204,7 +204,9 @@ class Files:
         """
         modality, columns = self.columns.modality, self.columns
         if not self.has_columns and (columns.samples or columns.labels):
-            raise InputError(f"{self.root}: samples in folders have no columns; omit --column and --label-column")
+            raise InputError(
+                f"{self.root}: samples in folders or zips have no columns; omit --column and --label-column"
+            )
         of_files = self.container is not None and 1 < self.part.total <= len(self.files)
         files = self.part.of(self.files) if of_files else self.files
         if self.container is None:
@@ -215,7 +217,7 @@ class Files:
         left_out = sum((Counter(part.left_out) for part in parts), Counter(self.left_out))
         ends = np.cumsum([len(part.ids) for part in parts]).tolist()
         if not (ends[-1] or of_files):
-            where = f" in {len(files)} files" if self.container else f"; supported are {', '.join(modality.suffixes)}"
+            where = f" in {len(files)} files" if self.container else f"; supported: {', '.join(modality.suffixes)}"
             raise InputError(f"{self.root}: no {modality.unit}{where}; other files: {name_counts(left_out)}")
         if len({tuple(part.class_names) for part in parts}) > 1 and columns.labels:
             raise InputError(f"{self.root}: its files name the classes of {columns.labels} differently")
@@ -257,14 +259,14 @@ class Files:
 
 
 def sort_folders(paths: Sequence[str], *splits: str) -> dict[str, dict[int, str]]:
-    """Sort samples by the folders of splits, which may lie deeper in the only folder that holds all samples.
+    """Sort samples by the folders of splits, which may lie deeper, in the one folder that holds all samples.
 
     Args:
         paths: The samples' paths.
         splits: Names of splits.
 
     Returns:
-        Split, '' for other samples → number of a sample → its path in the split's folder.
+        Split ('' for samples outside of splits) → number of a sample → its path in the split's folder.
     """
     common = takewhile(lambda folder: folder.lower() not in splits, os.path.commonprefix([*paths]).split("/")[:-1])  # noqa: RUF071
     start = sum(len(folder) + 1 for folder in common)
@@ -288,35 +290,35 @@ def open_source(
     cache_limit: int | None = None,
     part: Part = ALL,
 ) -> Source:
-    """Open the samples of a folder, an MDS data set, or files that hold many.
+    """Open the samples of a folder, an MDS data set, or files that hold many samples.
 
     Args:
-        source: An MDS data set, whose ids are the samples' numbers: a folder with an ``index.json`` or, if ``cache`` is
-            given, an address in a store. Or anything that :func:`find_files` lists: the ids are paths in a folder, or
+        source: A folder with an MDS data set or, if ``cache`` is given, the address of one in a store; the samples' ids
+            are then their numbers. Or anything that :func:`find_files` lists; the ids are then paths in a folder, or
             have the form ``Container.ids``.
         modality: Modality of the samples.
         split: See :meth:`Files.open_split`; MDS data sets have no splits.
-        labels: Labels of samples in folders or zips. ``none``: no labels. ``None``: folders are classes; without
-            folders, labels come from Kaggle's LOC_SPLIT_solution.csv, if it is there (a cell's first word). Or a CSV
-            file with a sample's path in the source or the split, with or without its suffix, in the first column, and
-            the class in the second. The ground truth file of ILSVRC's devkit is not supported: it has no file names,
-            and its numbers are not in the order of the train folder's classes.
-        column: The column that holds the samples, in tars their suffix; default: in MDS the modality's name, otherwise
-            the only one.
-        label_column: The column of labels, in tars ``cls`` or ``json:KEY``; default: no labels.
+        labels: Labels of samples in folders, also folders in archives. ``none``: no labels. ``None``: folders are
+            classes; without folders, labels come from Kaggle's LOC_SPLIT_solution.csv, if there is one (the first word
+            of a cell). Or a CSV file with a sample's path in the source or the split, with or without its suffix, in
+            the first column, and the class in the second. The ground truth file of ILSVRC's devkit is not supported:
+            it has no file names, and its numbers are not in the order of the train folder's classes.
+        column: The column that holds the samples; in tars, the suffix of their files. Default: in MDS, the modality's
+            name; otherwise, the only column that can hold samples.
+        label_column: The column that holds the labels; in tars, ``cls`` or ``json:KEY``; default: no labels.
         cache: The folder for the shards of an MDS data set in a store.
         cache_limit: Maximum size of the cache, in bytes; default: no limit.
         part: Part of the files to open. If there are fewer files than parts, all are opened, and :attr:`Source.part`
             is set.
 
     Raises:
-        InputError: The source cannot be used.
+        InputError: The source is missing, damaged or ambiguous, has no samples, or does not fit an option.
     """
     files = None
     if not (cache or is_mds(Path(source))):
         files = find_files(source, modality, column, label_column, split=split)
     if labels not in (None, NONE) and not (files and files.in_folders):
-        raise InputError(f"--labels: applies only to a folder; for {source}, use --label-column")
+        raise InputError(f"--labels: applies only to samples in folders; for {source}, use --label-column")
     if files is not None:
         return replace(files, part=part).open_split(split, labels)
     if fetch.is_remote(source) != (cache is not None):

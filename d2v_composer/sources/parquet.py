@@ -31,10 +31,11 @@ _one_reader = Lock()  # one thread at a time decodes a row group
 
 
 def list_samples(snapshot: FileSnapshot, file: BinaryIO, columns: Columns) -> SampleListing:
-    """List the rows of a Parquet file.
+    """List the rows of a Parquet file as samples.
 
     Raises:
-        InputError: Not exactly one column can hold samples, or the column of labels is missing.
+        InputError: Not exactly one column can hold samples, the column of labels is missing, or a remote file has paths
+            instead of samples.
         Exception: pyarrow's error, if the file is damaged.
     """
     import pyarrow.parquet
@@ -98,7 +99,7 @@ def _load_row(snapshot: FileSnapshot, column: str, starts: list[int], row: int) 
 
 @lru_cache(maxsize=1)
 def _row_group(snapshot: FileSnapshot, column: str, group: int) -> Any:
-    """Read a row group's samples; each process caches its last one."""
+    """Read a row group's samples; each process caches the last row group that it read."""
     import pyarrow.parquet
 
     def read(file: BinaryIO) -> Any:

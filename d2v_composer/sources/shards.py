@@ -1,6 +1,6 @@
 """Read the samples of an MDS data set, local or in an object store, from verified shards.
 
-All state is in the file system. A shard is here once its final file name exists: it is fetched to a partial file,
+All state is in the file system. A shard is present once its final file name exists: it is fetched to a partial file,
 compared with the index, and renamed. Each process verifies a file once, before it first reads it, whoever put it there.
 So any number of processes and runs may share a cache: locks only prevent two of them from fetching the same shard, and
 keep the cache below its limit. The kernel releases the locks of a killed process. A reader whose shard was evicted
@@ -52,7 +52,7 @@ def fetch_index(remote: str, local: Path, retry_timeout: float = 0.0) -> None:
     Args:
         remote: The data set's address.
         local: The cache.
-        retry_timeout: Seconds in which an unreachable store is retried if the file is not cached.
+        retry_timeout: Seconds for which an unreachable store is retried if the file is not cached.
 
     Raises:
         InputError: The index is missing or corrupt, the store is unreachable, or ``local`` is another data set's cache.
@@ -67,7 +67,10 @@ def fetch_index(remote: str, local: Path, retry_timeout: float = 0.0) -> None:
                 with reading(address):
                     json.loads(fetched.read_bytes())
                 if here not in (None, fetched.read_bytes()):
-                    raise InputError(f"{local} holds shards of a data set other than {remote}; choose another folder")
+                    raise InputError(
+                        f"{local} is the cache of another data set, or of an older version of {remote}; choose another "
+                        "folder"
+                    )
         except InputError:
             raise
         except Exception as error:
@@ -128,7 +131,7 @@ class Shards:
             self._remove_abandoned()
 
     def __getitem__(self, sample_id: int) -> dict[str, Stored]:
-        """Return a sample as column → value: images as files or raw pixels, labels as numbers.
+        """Return a sample as column → value: images as files' bytes or decoded, clips as files' bytes, and labels.
 
         Raises:
             IndexError: There is no such sample.
@@ -150,7 +153,7 @@ class Shards:
                 ) from error
 
     def prepare(self, shard_id: int) -> None:
-        """Fetch and verify a shard, or wait for the thread that does.
+        """Fetch and verify a shard, or wait for the thread or process that is fetching it.
 
         Raises:
             ShardError: The shard cannot be fetched, or is corrupt.
@@ -183,7 +186,7 @@ class Shards:
                 log.debug("%s", error)  # the reader will meet the same error, and raise it
 
     def _num_ahead(self) -> int:
-        """Return the number of prefetch threads for this process: the machine's, divided among its processes."""
+        """Return this process's number of prefetch threads: the machine's number, divided among its processes."""
         worker = get_worker_info()
         processes = local_ranks() * (worker.num_workers if worker else 1)
         on_machine = max(MIN_AHEAD, min(os.cpu_count() or 1, MAX_AHEAD))
@@ -192,7 +195,7 @@ class Shards:
         return max(1, on_machine // processes)
 
     def _lock_of(self, path: Path) -> Path:
-        """Return the lock of a shard, given its path or the path of a temporary file beside it."""
+        """Return the path of a shard's lock, given the path of the shard or of a temporary file beside it."""
         return self._locks / PARTIAL.sub("", str(path.relative_to(self.local)))
 
     def _remove_abandoned(self, suffix: str = "") -> None:
@@ -221,12 +224,12 @@ class Shards:
         return False
 
     def _fetch(self, shard_id: int, timeout: float) -> bool:
-        """Fetch and verify a shard, unless another thread does.
+        """Fetch and verify a shard, unless another thread or process is fetching it.
 
-        If ``timeout``, in seconds, is 0, fetch the shard even if another thread does, to raise the store's own error.
+        If ``timeout``, in seconds, is not above 0, fetch it even then, to raise the store's own error.
 
         Returns:
-            False if another thread fetches the shard, or if the cache has no room until other shards are fetched.
+            False if another thread or process is fetching the shard, or the cache has no room until others are fetched.
         """
         path, shard = self._paths[shard_id], self.shards[shard_id]
         stored = shard.zipped or shard.raw

@@ -33,7 +33,7 @@ ResultT = TypeVar("ResultT")
 
 
 class PackedStrings(Sequence[str]):
-    """Strings in one block of memory, which forked workers share; reading a list's strings would copy them.
+    """Strings in one block of memory, which forked workers share; a list's strings would be copied when they are read.
 
     In a NumPy array, each string would take as much memory as the longest.
     """
@@ -57,18 +57,19 @@ class Source:
     Attributes:
         root: The folder or the address.
         modality: Modality of the samples.
-        ids: N names below ``root``, such as paths, or numbers.
+        ids: Names of the N samples below ``root``, such as paths, or their numbers.
         load: Returns a sample by number as it is stored: a file's bytes, or what a column holds.
         label: Returns the label of a sample by number; ``None`` without labels.
         class_names: Name of each class; empty if labels are only numbers.
         sizes: Approximate number of bytes of each sample, (N,) int64.
         fingerprints: A number for each sample, (N,) int64, that changes if the sample's file does.
-        content: Hash of the paths, sizes and versions of all files, or of an MDS data set's index, wherever they are;
-            the same for each part.
+        content: Hash of the paths, sizes and versions of all files and, in a store, of the address; of an MDS data set,
+            a hash of its content. All parts have the same hash.
         left_out: Kind of other files → their number.
         keeps_files: True if a conversion stores what ``load`` returns unchanged.
-        in_folders: True if samples are listed by their paths in a folder or in zips; then a conversion shuffles them.
-        part: Part of the shards or batches of these samples that a command makes.
+        in_folders: True if samples are listed by their paths in a folder or an archive; then a conversion shuffles
+            them.
+        part: The part that a command makes of the shards or batches of these samples.
     """
 
     root: str
@@ -122,10 +123,10 @@ class Source:
         Args:
             names: Name of each sample's class, (N,).
             class_names: Names of all classes.
-            hint: End of the error's line.
+            hint: Advice at the end of the error's line.
 
         Raises:
-            InputError: A sample's class is not among all classes.
+            InputError: A sample's class is not in ``class_names``.
         """
         places = {name: place for place, name in enumerate(class_names)}
         for number, name in enumerate(names):
@@ -139,11 +140,11 @@ class Source:
 
 
 class Columns(NamedTuple):
-    """The columns to read of a file with many samples."""
+    """The columns to read from a file that holds many samples."""
 
     modality: Modality
     samples: str | None = None
-    """Column of the samples; default: the only one."""
+    """Column of the samples; default: the only column that can hold samples."""
     labels: str | None = None
     """Column of the labels; default: no labels."""
 
@@ -156,7 +157,7 @@ class SampleListing(NamedTuple):
     fingerprints: Int64Array
     load: Callable[[int], bytes]
     labels: Sequence[Json]
-    """Label of each sample; for samples in folders, the path of each."""
+    """Label of each sample; for samples in folders, its path, from which the label is read later."""
     class_names: Sequence[str] = ()
     left_out: Mapping[str, int] = {}
     content: str = ""
@@ -187,7 +188,7 @@ def whole_label(value: Json, source: str) -> int:
     """Return a label as a whole number.
 
     Raises:
-        InputError: The value is no whole number.
+        InputError: The value is not a whole number.
     """
     with suppress(TypeError, ValueError, OverflowError):
         if (label := int(value)) == float(value):
@@ -196,7 +197,7 @@ def whole_label(value: Json, source: str) -> int:
 
 
 def list_folder(root: Path, files: Sequence[File]) -> SampleListing:
-    """Return the listing of a folder's given files as samples, each read when it is needed."""
+    """Return a folder's given files as samples, each of which is read when it is needed."""
     paths = PackedStrings(file.path for file in files)
     fingerprints = np.array([*map(fingerprint_of, files)], np.int64)
     sizes = np.array([file.size for file in files], np.int64)
@@ -204,7 +205,7 @@ def list_folder(root: Path, files: Sequence[File]) -> SampleListing:
 
 
 def load_listed(folder: Path, paths: PackedStrings, fingerprints: Int64Array, number: int) -> bytes:
-    """Read one of the files in a folder.
+    """Read the file at ``paths[number]`` in a folder.
 
     Raises:
         InputError: The file cannot be read.
@@ -226,7 +227,8 @@ def name_counts(left_out: Mapping[str, int]) -> str:
 def worker_options(num_workers: int, prefetch_factor: int, for_gpu: bool, timeout: float = 0) -> dict[str, Any]:
     """Return DataLoader arguments for workers that prepare batches in advance; with 0, this process prepares them.
 
-    This process also does so on Windows, which cannot fork, and on macOS, where a process with threads must not.
+    This process also does so on Windows, which cannot fork, and on macOS, where a process with threads must not fork.
+    ``timeout`` is the number of seconds to wait for a batch; 0 for no limit.
     """
     options = {"pin_memory": for_gpu}  # pinning creates a CUDA context
     if not num_workers or not hasattr(os, "fork") or sys.platform == "darwin":
@@ -244,11 +246,11 @@ def worker_options(num_workers: int, prefetch_factor: int, for_gpu: bool, timeou
 def map_in_workers(
     function: Callable[[ItemT], ResultT], items: Sequence[ItemT], workers: int, for_gpu: bool = False
 ) -> Iterator[ResultT]:
-    """Yield a function's result for each item, in order, computed ahead by worker processes; a single item has none.
+    """Yield a function's result for each item, in order, computed ahead by worker processes; a single item needs none.
 
     Raises:
-        RunError: A worker was killed.
-        Exception: The function raised it. If it is no InputError or RunError, its text has the worker's traceback.
+        RunError: A worker was killed, or the machine failed with an OSError.
+        Exception: The function raised it. If it is not an InputError or RunError, its text has the worker's traceback.
     """
 
     def call(item: ItemT) -> tuple[Any, Exception | None]:
@@ -283,15 +285,15 @@ def map_in_threads(function: Callable[[ItemT], ResultT], items: Sequence[ItemT])
 
 
 def fingerprints_of(count: int, *contents: object) -> Int64Array:
-    """Return :attr:`Source.fingerprints` of the samples in one file, which change if ``contents`` do."""
+    """Return :attr:`Source.fingerprints` of the ``count`` samples in one file; they change if ``contents`` do."""
     return fingerprint_of(*contents) + np.arange(count)
 
 
 def hash_of(*contents: object) -> str:
-    """Return a hash of values by their ``repr``."""
+    """Return the SHA-256 of the ``repr`` of values, in hexadecimal."""
     return hashlib.sha256(repr(contents).encode()).hexdigest()
 
 
 def fingerprint_of(*contents: object) -> int:
-    """Return a hash as a whole number for :attr:`Source.fingerprints`."""
+    """Return a hash of values as a whole number of 60 bits, for :attr:`Source.fingerprints`."""
     return int(hash_of(*contents)[:15], 16)

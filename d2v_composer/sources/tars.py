@@ -24,10 +24,10 @@ LEAST_ZEROS, MOST_ZEROS = 1 << 10, 1 << 20
 
 
 def list_samples(snapshot: FileSnapshot, file: BinaryIO, columns: Columns) -> SampleListing:
-    """List the samples of a tar, with their paths in it or, if ``columns``, which are suffixes, say so, their labels.
+    """List the samples of a tar, with their labels if ``columns`` names a suffix of labels, otherwise with their paths.
 
     Raises:
-        InputError: A key has several samples or no label, or two samples have the same key.
+        InputError: A key has several samples, no label or two members of one name, or two samples have the same key.
         ValueError: The tar is damaged; see :func:`read_tar`.
     """
     name, modality = snapshot.name, columns.modality
@@ -51,7 +51,7 @@ def list_samples(snapshot: FileSnapshot, file: BinaryIO, columns: Columns) -> Sa
             raise InputError(f"{name}: key {key} has two members of the same name")
         if labeled:
             if labeled not in fields:
-                raise InputError(f"{name}/{key} has no label, .{labeled}; it has {', '.join(fields)}")
+                raise InputError(f"{name}/{key} has no label .{labeled}; it has {', '.join(fields)}")
             label = read_bytes(file, *fields[labeled]).decode().strip()
             label = json.loads(label).get(key_of_label) if key_of_label else label
             labels.append(int(label) if re.fullmatch(r"-?\d+", str(label)) else label)
@@ -73,8 +73,8 @@ def read_tar(file: BinaryIO) -> Iterator[tuple[str | None, list[tuple[str, int, 
     """Yield the samples of a tar: adjacent members whose names are equal up to the first dot.
 
     Yields:
-        The key, and suffix, offset and size of each member; for members that belong to no sample ``None``, and their
-        kind instead of a suffix.
+        The key, and the suffix, offset and size in bytes of each member. For members that belong to no sample, the key
+        is ``None``, and their kind replaces the suffix.
 
     Raises:
         ValueError: The tar is damaged, cut, or joined to another, or has a sparse member.

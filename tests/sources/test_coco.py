@@ -118,15 +118,15 @@ BAD: dict[str, tuple[object, str]] = {
     ),
     "duplicate image ids": (
         changed(lambda c: c["images"][0].update(id=5)),
-        f"1 images with the id of another{FIRST}5",
+        f"1 ids of several images{FIRST}5",
     ),
     "duplicate categories": (
         changed(lambda c: c["categories"][0].update(id=2)),
-        "1 categories with the id of another; the first: 2",
+        "1 ids of several categories; the first: 2",
     ),
     "one image twice": (
         changed(lambda c: c["images"].append({**c["images"][0], "id": 7})),
-        "1 images with the name of another; the first: a.jpg",
+        "1 file names of several images; the first: a.jpg",
     ),
     "unknown category": (
         changed(lambda c: c["annotations"][0].update(category_id=3)),
@@ -136,7 +136,7 @@ BAD: dict[str, tuple[object, str]] = {
         changed(lambda c: c["annotations"][0].update(image_id=6)),
         "1 images that have boxes and are not listed; the first: 6",
     ),
-    "no images": ({"images": [], "annotations": [], "categories": []}, "no images"),
+    "no images": ({"images": [], "annotations": [], "categories": []}, "lists no images"),
     "no number": (
         changed(lambda c: c["annotations"][1].update(bbox=[1, 2, float("nan"), 3])),
         "annotations.1.bbox.2: ",

@@ -156,11 +156,16 @@ TWO_COLUMNS = {"image": [IMAGE], "depth": [IMAGE], "caption": ["a"]}
         ("parquet", {"image": [IMAGE]}, "--label-column label", "no label column 'label'; columns: image"),
         ("parquet", {"image": [IMAGE], "label": [0.5]}, LABELED, "x.parquet#0: its label must be a whole number"),
         ("parquet", {"image": [IMAGE]}, "--split test", "no split 'test'; available: none; omit --split"),
-        ("parquet", {"image": [IMAGE]}, "--labels a.csv", "--labels: applies only to a folder; for .*x.parquet"),
+        (
+            "parquet",
+            {"image": [IMAGE]},
+            "--labels a.csv",
+            "--labels: applies only to samples in folders; for .*x.parquet",
+        ),
         ("parquet", {"image": pa.array([], pa.binary())}, "", "no images in 1 files"),
         ("tar", ["a.jpg", "a.png"], "", "x.tar/a has jpg and png; choose one with --column"),
         ("tar", ["a.jpg", "b.jpg", "a.jpg"], "", "x.tar: two samples have the key a, and other samples lie between"),
-        ("tar", ["a.jpg", "a.txt"], "--label-column cls", "x.tar/a has no label, .cls; it has jpg, txt"),
+        ("tar", ["a.jpg", "a.txt"], "--label-column cls", "x.tar/a has no label .cls; it has jpg, txt"),
         (
             "tar",
             ["a.jpg", "a.json"],
@@ -410,9 +415,9 @@ def test_splits_and_classes(tmp_path: Path) -> None:
         (
             ["train_test-0", "val-0"],
             "val",
-            "x/train_test-0.tar: its name has the words of several splits, test or train; choose",
+            "x/train_test-0.tar: its path names several splits, test or train; choose",
         ),
-        (["train/val/0"], None, "x/train/val/0.tar: its name has the words of several splits, train or val"),
+        (["train/val/0"], None, "x/train/val/0.tar: its path names several splits, train or val"),
     ],
 )
 def test_a_split_is_a_word_of_the_files_name_or_else_of_its_folders(

@@ -23,7 +23,7 @@ def load(format: Any, root: Path, **options: Any) -> EvaluationSet:
     ("images", "fault"),
     [
         (["train/cat/a.jpg"], ": no split 'test'; available: train"),
-        (["train/cat/a.jpg", "test/a.jpg"], ": expected the same class folders in train and test"),
+        (["train/cat/a.jpg", "test/a.jpg"], ": expected class folders in train and in test, or in neither"),
         (["train/cat/a.jpg", "test/dog/a.jpg"], "/test/dog/a.jpg: expected one of the classes cat; got 'dog'"),
     ],
 )
@@ -83,7 +83,7 @@ def test_class_folders_without_splits_are_said_to_be_none(tmp_path: Path, caplog
     write_images(tmp_path, ("cat/a.jpg", "dog/a.jpg"))
     assert not load("folder", tmp_path).has_labels
     [said] = caplog.messages
-    assert said.startswith(f"{tmp_path}: found no labels; to have some, sort the files into train/CLASS")
+    assert said.startswith(f"{tmp_path}: found no labels; to add labels, sort the files into train/CLASS")
 
 
 @pytest.mark.parametrize("folder", ["", "test"])

@@ -184,7 +184,7 @@ def test_names_a_column_that_is_missing_or_has_no_images(files: list[Path], tmp_
     for read in readers:
         with pytest.raises(InputError, match=r"no column 'image'; the data set has: i, x, y; choose one with --column"):
             read()
-    with pytest.raises(InputError, match="its column 'y' is int; expected one of bytes, jpeg, png, pil"):
+    with pytest.raises(InputError, match="its column 'y' is encoded as int; expected one of bytes, jpeg, png, pil"):
         train_loader(data, "train_loader.column=y")
 
 
