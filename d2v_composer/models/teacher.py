@@ -162,9 +162,7 @@ class Teacher(Backbone, Freezable):
         }
         sizes = {name: value for name, value in fields.items() if value is not None}
         if freeze_copied and init != "teacher_attention":
-            raise ValueError(
-                "freeze_copied: must be false without init teacher_attention, whose copies alone it freezes"
-            )
+            raise ValueError("freeze_copied: must be false without init teacher_attention")
         if model is not None:
             return self.build_network(model, pretrained, sizes | ({} if init == "random" else {"init": init}))
         if pretrained:
