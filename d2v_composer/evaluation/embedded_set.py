@@ -1,6 +1,6 @@
-"""Embed a set of images with several models, in one pass; several ranks share the work.
+"""Embed a labeled set with several models, in one pass over its samples; several ranks share the work.
 
-Shapes: B images of a batch, N of a split, D channels.
+Shapes: B samples of a batch, L values of a clip, D channels.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,11 +21,12 @@ from d2v_composer.system.progress import progress_bar
 Embed = Callable[..., Tensor | dict[str, Tensor]]
 """A function that embeds a batch on the model's device, and returns (B, D), or several embeddings by name.
 
-A batch is images, (B, 3, height, width) uint8; or clips, (B, L) float32, and, only if some are padded, the number of
-samples of each, (B,) int64, as a second argument.
+A batch is images, (B, 3, height, width) uint8; or clips, (B, L) float32, and, only if some are padded, the length of
+each before it was padded, (B,) int64, as a second argument.
 """
 EmbeddedSet = dict[str, dict[str, Tensor]]
-"""Part ('train', 'test', the ``VIEWS`` of test) → embedding → this rank's share, (share, D) float32 on the host."""
+"""Part ('train', 'test', or one of ``VIEWS``) → name of an embedding → the embeddings of this rank's samples, (their
+number, D) float32 on the host."""
 
 
 def embed_set(
@@ -37,21 +38,18 @@ def embed_set(
 ) -> dict[str, EmbeddedSet]:
     """Embed this rank's share of all parts with every model, in one pass over the samples.
 
-    Clips of a similar length share a batch; the longest come first. The views of test images, whose augmentation
-    depends on the image's number alone, are embedded if a metric needs them.
+    Clips of a similar length share a batch; the longest come first. The views of test samples are embedded
+    if a metric needs them; the augmentation depends only on the index of the sample and on the view.
 
     Args:
-        embeds: Name → model on the device.
-        dataset: The set's name.
-        labeled: The images.
-        settings: The settings.
-        infos: Name → what the model's embedding is, if known.
+        embeds: Name of a model → function that embeds a batch.
+        dataset: Name of the set, for progress bars.
+        labeled: The set.
+        settings: Settings of the evaluation.
+        infos: Name of a model → description of its embedding, if known.
 
     Returns:
-        Name of a model → embeddings: all or, as the settings say, the headline and ``embedding``.
-
-    Raises:
-        RunError: An embedding is not finite.
+        Name of a model → its embeddings: all if ``settings.needs_all``, otherwise only the headline and ``embedding``.
     """
     parts = ({"train": labeled.train} if labeled.has_labels else {}) | {"test": labeled.test}
     parts |= dict.fromkeys(VIEWS, labeled.test) if settings.needs(labeled, "views") else {}
@@ -78,13 +76,23 @@ def embed_set(
                         continue
                     if name not in of_part:
                         of_part[name] = torch.empty(len(mine), vectors.shape[1])
-                    of_part[name][places] = rows = vectors.float().cpu()
-                    if not rows.isfinite().all():  # they would be nearest to anything
-                        raise RunError(f"{dataset}, {part}: embeddings by {model} are not finite")
+                    of_part[name][places] = vectors.float().cpu()
     return embedded
 
 
+def check_finite(dataset: str, embedded: Mapping[str, EmbeddedSet]) -> None:
+    """Check that no model's weights, or its half precision, made embeddings that mean nothing.
+
+    Raises:
+        RunError: An embedding of a sample is not finite.
+    """
+    for model, parts in embedded.items():
+        for part, embeddings in parts.items():
+            if not all(vectors.isfinite().all() for vectors in embeddings.values()):
+                raise RunError(f"{dataset}, {part}: embeddings by {model} are not finite")
+
+
 def move_batch(batch: tuple[Tensor, ...], to_device: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """Move a batch of :func:`collate` to a device: the samples by ``to_device``, then their lengths likewise."""
+    """Move a batch of :func:`collate`: the samples with ``to_device``, and lengths of clips to the same device."""
     values = to_device(batch[0])
     return [values, *(lengths.to(values.device) for lengths in batch[1:])]

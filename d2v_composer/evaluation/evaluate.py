@@ -1,4 +1,4 @@
-"""Compare models: share their encoders, measure them on labeled sets, write the results."""
+"""Compare models: share their encoders, measure the models on labeled sets, and write the results."""
 
 import csv
 import io
@@ -35,10 +35,10 @@ from d2v_composer.system.files import check_out_file, write_atomically
 
 
 def cost(model: Backbone | Encoder | None, fitted_width: int = 0) -> dict[str, Any]:
-    """Return ``num_parameters`` and ``gflop``, for one input, of a model as exported; 0 for no model.
+    """Return ``num_parameters``, and ``gflop`` for one input, of a model as it is exported; zeros for no model.
 
-    The numbers of all tensors count, a BatchNorm's statistics too. ``fitted_width`` is the width of the alignment that
-    the model will get.
+    All values of all tensors count as parameters, a BatchNorm's statistics too. ``fitted_width`` is the number of
+    outputs of the alignment that the model will get, or 0.
     """
     if model is None:
         return {"num_parameters": 0, "gflop": 0.0}
@@ -52,16 +52,17 @@ def cost(model: Backbone | Encoder | None, fitted_width: int = 0) -> dict[str, A
 def share_encoders(
     first: Backbone, models: Mapping[str, Backbone], layer_mean: LayerMean, fill_to: int = 0
 ) -> dict[str, Embed]:
-    """Return functions that embed a batch, by name: pixels or log_mel, ``encoder`` (its output pooled), each model.
+    """Return name → function that embeds a batch: ``pixels`` or ``log_mel``, ``encoder`` (pooled), and each model.
 
-    Functions of one encoder run it once for a batch, and keep its output as long as the batch's tensor lives. So call
-    all of them under the same autocast.
+    Functions that share an encoder run it once for a batch, and keep its output as long as the batch's tensor lives. So
+    call all functions under the same autocast.
 
     Args:
-        first: The model whose encoder is compared by itself.
+        first: The model whose encoder is also compared alone, if the model has further blocks.
         models: Name → model.
         layer_mean: Settings with which ``layer_mean`` of all models is computed.
-        fill_to: Fill up smaller batches to this size, because a compiled model needs a graph for each size.
+        fill_to: Number of samples to which smaller batches are filled up, because a compiled model needs a graph for
+            each size; 0: batches keep their size.
     """
     encoded = WeakIdKeyDictionary()
 
@@ -93,19 +94,19 @@ class Evaluation:
     settings: Settings
     """Settings for all sets, without ``augment``."""
     infos: Mapping[str, EmbeddingInfo]
-    """Name → what the model's embedding is, for models that have one."""
+    """Name → description of the model's embedding; ``pixels`` and ``log_mel`` have none."""
     weights: Mapping[str, str]
     """Name → hash of the model's weights."""
     load: Callable[[Modality], tuple[Mapping[str, EvaluationSet], Augmentation]]
-    """Returns a group's data sets, by name, and the augmentation that makes the views of their samples."""
+    """Returns name → data set with samples of a modality, and the augmentation that makes their views."""
     datasets: dict[str, EvaluationSet] = field(default_factory=dict)
     """Name → data set, whose samples are loaded as the evaluated model takes them."""
     results: list[Result] = field(default_factory=list)
     speeds: dict[int, dict[str, float]] = field(default_factory=dict)
-    """Batch size → name → inputs per second, if it was measured."""
+    """Batch size → name → samples per second; empty if speeds were not measured."""
 
     def run(self, device: str, autocast_dtype: torch.dtype | None = None) -> None:
-        """Embed every image once per model, look up each split's images in the other split, and run the probes.
+        """Embed every sample once with each model, measure retrieval and probes, and add to ``results``.
 
         Args:
             device: Device of the models: cpu or cuda.
@@ -128,8 +129,8 @@ class Evaluation:
     def write(self, folder: Path, context: dict[str, Any]) -> None:
         """Write ``evaluation.json`` and ``evaluation.csv`` to a folder, each atomically.
 
-        Both have a row for each candidate, data set, bank, embedding and k or probe. ``context`` has further entries of
-        the JSON; secrets in them are hidden.
+        Both files have a row for each candidate, data set, bank, embedding and k or probe. ``context`` has further
+        entries of the JSON file; secrets in them are hidden.
         """
 
         def cell(dataset: str, column: Column, interval: Interval) -> dict[str, Any]:
@@ -176,7 +177,7 @@ class Evaluation:
 
 
 def read_evaluation(folder: Path, weights: str) -> dict[str, Any]:
-    """Return the contents of a folder's ``evaluation.json``; empty if it is missing, corrupt or of other weights."""
+    """Return the contents of a folder's ``evaluation.json``; {} if the file is missing, corrupt or of other weights."""
     with suppress(Exception):
         contents = json.loads((folder / "evaluation.json").read_bytes())
         if contents["weights"] == weights:
@@ -188,11 +189,11 @@ def check_replaceable(folder: Path, weights: str) -> None:
     """Check, before the work starts, that results can be written and replace only results of the same weights.
 
     Raises:
-        InputError: A file cannot be written, or has the results of other weights.
+        InputError: A file cannot be written, or exists without results of these weights.
     """
     for path in (folder / f"evaluation.{suffix}" for suffix in ("json", "csv", "png", "html")):
         check_out_file(path)
         if os.path.lexists(path) and not read_evaluation(folder, weights):
             raise InputError(
-                f"out: {path} exists, and no results of these weights are with it; remove it, or choose another folder"
+                f"out: {path} exists, but {folder} has no results of these weights; remove it, or choose another folder"
             )

@@ -1,9 +1,9 @@
 """A linear probe: multinomial logistic regression on standardized embeddings.
 
-It minimizes mean cross-entropy + strength / 2 · ‖W‖², W the weights without the bias: scikit-learn's
-LogisticRegression with C = 1 / (strength · N) behind its StandardScaler.
+The probe minimizes mean cross-entropy + strength / 2 · ‖W‖², where W are the weights without the bias. This is
+scikit-learn's LogisticRegression with C = 1 / (strength · N) behind its StandardScaler.
 
-Shapes: N training images, Q queries, D channels, C classes.
+Shapes: N training samples, Q queries, D channels, C classes.
 """
 
 from typing import NamedTuple
@@ -25,11 +25,11 @@ class LinearProbe(NamedTuple):
     """A fitted classifier of embeddings."""
 
     classes: Tensor
-    """Labels in ascending order, (C,)."""
+    """The label of each class, in ascending order, (C,) int."""
     weight: Tensor
-    """(C, D) float64, for embeddings as they are: the weights include the standardization."""
+    """Weights, (C, D) float64, for embeddings that are not standardized: the weights include the standardization."""
     bias: Tensor
-    """(C,) float64."""
+    """Bias of each class, (C,) float64."""
     strength: float
     """Strength of the L2 penalty."""
     converged: bool
@@ -43,13 +43,13 @@ class LinearProbe(NamedTuple):
 def linear_probe_accuracy(
     train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, strength: float | None = None
 ) -> float:
-    """Return the share of test images, from 0 to 1, that a linear probe fitted to the train images labels correctly.
+    """Return the share of test samples, from 0 to 1, whose label a linear probe fitted to the train samples predicts.
 
     Args:
-        train: (N, D).
-        train_labels: (N,) int.
-        test: (Q, D), Q ≥ 1.
-        test_labels: (Q,) int.
+        train: Train embeddings, (N, D).
+        train_labels: Labels of the train samples, (N,) int.
+        test: Test embeddings, (Q, D), Q ≥ 1.
+        test_labels: Labels of the test samples, (Q,) int.
         strength: L2 penalty strength; default: as :func:`fit_linear_probe` chooses.
 
     Example:
@@ -65,13 +65,14 @@ def linear_probe_accuracy(
 def fit_linear_probe(train: Tensor, labels: Tensor, strength: float | None = None) -> LinearProbe:
     """Fit a linear probe by L-BFGS in float32; the result is reproducible on the same machine.
 
-    By default, the strength is chosen on a random tenth of the images: strengths of ``STRENGTHS`` are tried from the
-    largest down, each fitted to the other images, until two in a row are worse than the best. Of equally good ones, the
-    largest is taken. The probe is then fitted to all images.
+    By default, the strength is chosen on a random tenth of the samples: probes with the ``STRENGTHS``, from the
+    largest down, are fitted to the other samples, until two in a row are worse than the best. Of equally good
+    strengths, the largest is chosen. The probe is then fitted to all samples.
 
     Args:
-        train: (N, D), any float dtype, on the device that computes. The fit needs twice the memory of ``train`` more.
-        labels: (N,) int.
+        train: Embeddings, (N, D), of any float dtype, on the device that computes. The fit needs about twice the memory
+            of ``train`` besides.
+        labels: Labels of the embeddings, (N,) int.
         strength: L2 penalty strength; default: chosen as above.
     """
     # A callback measures in inference mode, in which nothing has a gradient.

@@ -1,6 +1,6 @@
-"""Measure the rows of an evaluation, given a set's embeddings by every model; several ranks share the searches.
+"""Measure the table rows of an evaluation, given every model's embeddings of a set; several ranks share the searches.
 
-Shapes: N images of a part, Q queries, K neighbors, D channels.
+Shapes: N samples of a part, Q queries, K neighbors, D channels.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,8 +40,8 @@ def measure(
         embedded: Model → embeddings of the set, as :func:`~d2v_composer.evaluation.embedded_set.embed_set` gives them.
         dataset: The set's name.
         labeled: The set.
-        settings: The settings.
-        infos: Model → what its embedding is, if known.
+        settings: Settings of the evaluation.
+        infos: Model → description of its embedding, if known.
         weights: Model → hash of its weights, if known.
     """
     pairs = PairLoader(embedded, labeled, settings, infos)
@@ -72,7 +72,7 @@ def measure(
 
 
 class PairLoader:
-    """A set's embeddings by every model, as pairs of queries and a bank on the device."""
+    """Every model's embeddings of a set, as pairs of queries and a bank on the device."""
 
     def __init__(
         self,
@@ -89,14 +89,14 @@ class PairLoader:
         self.labels, self.neighbors_of_teacher = cache(self._labels), cache(self._neighbors_of_teacher)
 
     def pair(self, queries: Side, bank: Side) -> Pair:
-        """Return a pair, whose embeddings are moved to the device when they are first read."""
+        """Return the pair of two sides; its embeddings are moved to the device when they are first read."""
         in_queries = cache(partial(self.vectors, queries))
         in_bank = in_queries if bank == queries else cache(partial(self.vectors, bank))
         teacher = partial(self.neighbors_of_teacher, queries.embedding)
         return Pair(in_queries, in_bank, self.labels, self.search, teacher, self.widths)
 
     def vectors(self, side: Side, part: str) -> Tensor:
-        """Return a part's embeddings, those of all ranks, on the device, (N, D)."""
+        """Return the embeddings of all samples of a part, gathered from all ranks, on the device, (N, D)."""
         settings, classes = self.settings, self.labeled.class_embeddings
         if part == CLASSES and classes is not None:
             return settings.to_device(classes)
@@ -104,7 +104,7 @@ class PairLoader:
         return settings.ranks.gather(share, self.labeled.num_samples[part != "train"])
 
     def search(self, bank: Tensor, queries: Tensor, k: int) -> TopK:
-        """Search with this rank's share of the queries; return the neighbors of all, (Q, k)."""
+        """Search for this rank's share of the queries; return the neighbors of all ranks' queries, (Q, k)."""
         self.settings.before_batch()
         ranks = self.settings.ranks
         nearest = exact_neighbors(bank, ranks.rows_of_rank(queries), k)
@@ -134,7 +134,7 @@ class PairLoader:
         return self.settings.to_device(getattr(self.labeled, part).labels)
 
     def _neighbors_of_teacher(self, embedding: str) -> Tensor:
-        """Return each test image's nearest others in the teacher's embedding of this name, or its headline, (N, K)."""
+        """Return :func:`nearest_others` in the teacher's embedding of this name or, without it, in its headline."""
         names = self.embedded[TEACHER]["test"]
         if embedding not in names:
             embedding = find_headline(self.settings.headline, names, self.infos.get(TEACHER))

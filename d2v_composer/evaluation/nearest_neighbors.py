@@ -1,6 +1,6 @@
 """Find exact nearest neighbors by cosine, for accuracies, votes and agreement; split the work among ranks.
 
-Shapes: N bank images, Q queries, K neighbors, D channels.
+Shapes: N bank samples, Q queries, K neighbors, D channels.
 """
 
 from collections.abc import Sequence
@@ -31,12 +31,12 @@ NUM_COMMON = 10
 
 
 class TopK(NamedTuple):
-    """Nearest bank images of each query, nearest first."""
+    """Nearest bank samples of each query, nearest first."""
 
     similarities: Tensor
-    """(Q, K) float32; from :func:`exact_neighbors` float64."""
+    """Cosines, (Q, K) float32; from :func:`exact_neighbors` float64."""
     indices: Tensor
-    """(Q, K) int64."""
+    """Indices in the bank, (Q, K) int64."""
 
 
 def nearest_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
@@ -45,15 +45,15 @@ def nearest_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
     The search is exact in float32; ties come in any order. Memory besides the arguments and the result is bounded.
 
     Args:
-        bank: (N, D), any float dtype, any length.
-        queries: (Q, D), any float dtype, any length.
-        k: From 1 to N.
+        bank: Vectors to search, (N, D), of any float dtype and any length.
+        queries: Vectors whose neighbors are searched, (Q, D), of any float dtype and any length.
+        k: Number of neighbors, from 1 to N.
 
     Raises:
         ValueError: k is out of range.
     """
     if not 1 <= k <= len(bank):
-        raise ValueError(f"k must be from 1 to {len(bank)}, the number of bank images; got {k}")
+        raise ValueError(f"k must be from 1 to {len(bank)}, the number of bank samples; got {k}")
     parts = queries.split(QUERY_PART)
     # Reused: allocating memory for each part would take as long as searching it.
     buffer = bank.new_empty(len(parts[0]) * min(BANK_PART, len(bank)), dtype=torch.float32)
@@ -75,8 +75,8 @@ def nearest_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
 def exact_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
     """Return each query's k nearest neighbors like :func:`nearest_neighbors`, but in float64; the first wins a tie.
 
-    Where all images have much in common, cosines are close to 1 and differ by less than float32 can tell. So k +
-    ``SPARE`` neighbors are found in float32, and put in order in float64. If more images than these are equally near,
+    Where all samples have much in common, cosines are close to 1 and differ by less than float32 can tell. So k +
+    ``SPARE`` neighbors are found in float32, and put in order in float64. If more samples than these are equally near,
     float32 decides which are found.
     """
     candidates = nearest_neighbors(bank, queries, max(k, min(k + SPARE, len(bank)))).indices.sort(dim=1).values
@@ -113,13 +113,13 @@ def top_k(similarities_QN: Tensor, k: int) -> TopK:
 
 
 def retrieval_hits(nearest: Tensor, bank_labels: Tensor, query_labels: Tensor, ks: Sequence[int]) -> list[Tensor]:
-    """Return for each k a mask, (Q,) bool: True if any of a query's k nearest bank images has the query's label.
+    """Return for each k a mask, (Q,) bool: True if any of a query's k nearest bank samples has its label.
 
     Args:
-        nearest: (Q, K) indices from :func:`exact_neighbors`.
-        bank_labels: (N,) int.
-        query_labels: (Q,) int.
-        ks: Each from 1 to K.
+        nearest: Indices from :func:`exact_neighbors`, (Q, K).
+        bank_labels: Labels of the bank, (N,) int.
+        query_labels: Labels of the queries, (Q,) int.
+        ks: Numbers of neighbors, each from 1 to K.
     """
     right_QK = bank_labels[nearest] == query_labels[:, None]
     return [right_QK[:, :k].any(dim=1) for k in ks]
@@ -128,14 +128,14 @@ def retrieval_hits(nearest: Tensor, bank_labels: Tensor, query_labels: Tensor, k
 def retrieval_accuracy(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, ks: Sequence[int] = (1, 3)
 ) -> dict[int, float]:
-    """Return the share of queries with the right label among their k nearest bank images by cosine.
+    """Return the share of queries with the right label among their k nearest bank samples by cosine.
 
     Args:
-        bank: (N, D).
-        bank_labels: (N,) int.
-        queries: (Q, D), Q ≥ 1.
-        query_labels: (Q,) int.
-        ks: Each from 1 to N.
+        bank: Embeddings to search, (N, D).
+        bank_labels: Labels of the bank, (N,) int.
+        queries: Embeddings of the queries, (Q, D), Q ≥ 1.
+        query_labels: Labels of the queries, (Q,) int.
+        ks: Numbers of neighbors, each from 1 to N.
 
     Returns:
         k → accuracy from 0 to 1.
@@ -153,23 +153,23 @@ def retrieval_accuracy(
 
 
 class Ranks(NamedTuple):
-    """This process's rank among the processes that share an evaluation."""
+    """The rank of this process, and the number of processes that share an evaluation."""
 
     rank: int = 0
     world_size: int = 1
 
     def indices_of_rank(self, num_images: int) -> Tensor:
-        """Return the indices of this rank's images: every ``world_size``-th, padded to the same number on all ranks."""
+        """Return this rank's sample indices: every ``world_size``-th, padded to the same number on all ranks."""
         mine = torch.arange(num_images)[self.rank :: self.world_size]
         missing = -(-num_images // self.world_size) - len(mine)
         return torch.cat([mine, mine.new_zeros(missing)])
 
     def rows_of_rank(self, images: Tensor) -> Tensor:
-        """Return the rows of this rank's images."""
+        """Return the rows of this rank's samples, given the rows of all samples, (N, …)."""
         return images if self.world_size == 1 else images[self.indices_of_rank(len(images)).to(images.device)]
 
     def gather(self, rows: Tensor, num_images: int) -> Tensor:
-        """Gather the rows of all ranks, in the order of the images, (N, …)."""
+        """Gather the rows of all ranks' samples, in the order of the samples, without the padding, (N, …)."""
         if self.world_size == 1:
             return rows[:num_images]
         # Not all_gather: gloo's copies in its own threads, each of which starts a pool of OpenMP threads. If these are
@@ -185,11 +185,11 @@ ONE_RANK = Ranks()
 
 
 def vote(neighbors: TopK, bank_labels: Tensor, temperature: float | None) -> Tensor:
-    """Return the label of each query by its neighbors' votes, (Q,). The smallest label wins a tie.
+    """Return the label for which most of each query's neighbors vote, (Q,). The smallest label wins a tie.
 
     Args:
-        neighbors: (Q, K) from :func:`exact_neighbors`.
-        bank_labels: (N,) int.
+        neighbors: Neighbors from :func:`exact_neighbors`, (Q, K).
+        bank_labels: Labels of the bank, (N,) int.
         temperature: A neighbor's vote counts exp(cosine / temperature), as in DINO; ``None``: all count the same.
     """
     classes, numbers = bank_labels.unique(return_inverse=True)
@@ -209,14 +209,14 @@ def knn_accuracy(
     k: int = NUM_NEIGHBORS,
     temperature: float | None = TEMPERATURE,
 ) -> float:
-    """Return the share of queries, from 0 to 1, whose label wins the vote of their k nearest bank images (by cosine).
+    """Return the share of queries, from 0 to 1, whose label wins the vote of their k nearest bank samples by cosine.
 
     Args:
-        bank: (N, D).
-        bank_labels: (N,) int.
-        queries: (Q, D), Q ≥ 1.
-        query_labels: (Q,) int.
-        k: From 1 to N.
+        bank: Embeddings to search, (N, D).
+        bank_labels: Labels of the bank, (N,) int.
+        queries: Embeddings of the queries, (Q, D), Q ≥ 1.
+        query_labels: Labels of the queries, (Q,) int.
+        k: Number of neighbors, from 1 to N.
         temperature: Weights the votes; see :func:`vote`.
 
     Raises:
@@ -232,14 +232,14 @@ def knn_accuracy(
 
 
 def neighbor_agreement(embeddings: Tensor, others: Tensor, k: int = NUM_COMMON) -> float:
-    """Return the mean share of an image's k nearest neighbors that two models have in common, from 0 to 1.
+    """Return the mean share of a sample's k nearest neighbors that two models have in common, from 0 to 1.
 
     This is mutual k-NN (Huh et al. 2024, arXiv:2405.07987). Chance is k / (N - 1).
 
     Args:
         embeddings: One model's embeddings, (N, D).
-        others: The other model's embeddings of the same images, (N, any number of channels).
-        k: From 1 to N - 1.
+        others: The other model's embeddings of the same samples, (N, any number of channels).
+        k: Number of neighbors, from 1 to N - 1.
 
     Raises:
         ValueError: k is out of range.
@@ -254,28 +254,28 @@ def neighbor_agreement(embeddings: Tensor, others: Tensor, k: int = NUM_COMMON) 
 
 
 def nearest_others(images: Tensor, k: int = NUM_COMMON) -> Tensor:
-    """Return the indices of the k other images nearest to each image by cosine, nearest first, (N, k) int64.
+    """Return the indices of the k other samples nearest to each sample by cosine, nearest first, (N, k) int64.
 
     Args:
-        images: Embeddings of all images, (N, D).
-        k: From 1 to N - 1.
+        images: Embeddings of all samples, (N, D).
+        k: Number of neighbors, from 1 to N - 1.
 
     Raises:
         ValueError: k is out of range.
     """
     if not 1 <= k < len(images):
-        raise ValueError(f"k must be from 1 to {len(images) - 1}, the number of other images; got {k}")
+        raise ValueError(f"k must be from 1 to {len(images) - 1}, the number of other samples; got {k}")
     nearest = exact_neighbors(images, images, k + 1).indices
     return others_of(nearest, torch.arange(len(images), device=nearest.device))
 
 
 def others_of(nearest: Tensor, places: Tensor) -> Tensor:
-    """Remove each query's own image, at ``places`` in the bank, (Q,), from its neighbors: (Q, K + 1) → (Q, K)."""
+    """Remove each query's own index in the bank, ``places``, (Q,), from its neighbors: (Q, K + 1) → (Q, K)."""
     is_other = nearest != places[:, None]
     is_other[is_other.all(dim=1), -1] = False  # an image with many copies need not be among its nearest
     return nearest[is_other].view(len(places), -1)
 
 
 def common_fractions(nearest: Tensor, reference: Tensor) -> Tensor:
-    """Return the share of each image's K neighbors, (N, K), that two models have in common: (N,) float64."""
+    """Return the share of each sample's K neighbors, (N, K), that two models have in common: (N,) float64."""
     return (nearest[:, :, None] == reference.to(nearest.device)[:, None]).any(dim=2).double().mean(dim=1)

@@ -26,7 +26,7 @@ Hits = NDArray[np.bool_ | np.float64]
 
 
 class Result(NamedTuple):
-    """A column of one row's embedding on one data set."""
+    """A cell of a table: the hits of one row's embedding, in one column, on one data set."""
 
     row: str
     """The row's title."""
@@ -35,18 +35,18 @@ class Result(NamedTuple):
     embedding: str
     """Name of the embedding of the queries; '' if it is the only one and has no name."""
     info: EmbeddingInfo
-    """What this embedding is."""
+    """Description of this embedding."""
     is_headline: bool
     """True for the embedding that tables show."""
     hits: Tensor
-    """For each query, on the host: (Q,) bool, or the share of common neighbors, (Q,) float64."""
+    """Whether each query is right, (Q,) bool, or its share of common neighbors, (Q,) float64; on the host."""
     weights: str = ""
     """Hash of the weights of the model that embeds the queries; '' if it has none."""
     batch: int = 0
     """Number of training batches after which a run measured the row."""
     nearest: Tensor | None = None
-    """The train images or, without labels, the other test images nearest to each test image, nearest first, (Q, K)
-    int32."""
+    """Indices of the train samples or, without labels, of the other test samples nearest to each test sample, nearest
+    first, (Q, K) int32; ``None`` if they are not kept."""
 
     @property
     def accuracy(self) -> float:
@@ -55,7 +55,7 @@ class Result(NamedTuple):
 
     @property
     def interval(self) -> "Interval":
-        """The accuracy with its interval."""
+        """The accuracy with its 95 % interval."""
         return accuracy_interval(self.hits.numpy())
 
     def plain(self) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def last_batch(results: Iterable[Result]) -> int:
 
 
 def pivot(results: Iterable[Result], dataset: str) -> dict[Column, dict[str, Result]]:
-    """Return column → row → result on a data set in the headline; further rows follow ``ROWS``."""
+    """Return column → row → result, for a data set and the headline; rows that are not in ``ROWS`` come last."""
     columns: dict[Column, dict[str, Result]] = {}
     for result in sorted(results, key=lambda result: (*ROWS, result.row).index(result.row)):
         if result.dataset == dataset and result.is_headline:
@@ -91,7 +91,7 @@ def pivot(results: Iterable[Result], dataset: str) -> dict[Column, dict[str, Res
 
 
 def heading(texts: Mapping[str, str]) -> str:
-    """Return a table's embedding, given row → its embedding in words: the teacher's, the student's, or the first."""
+    """Return the embedding in a table's title, given row → embedding: the teacher's, the student's, or the first."""
     return next((texts[row] for row in (*GAP[::-1], *texts) if texts.get(row)), "")
 
 
@@ -126,16 +126,16 @@ class GapClosed(NamedTuple):
     """The fraction of the gap from untrained student to teacher that the student closes."""
 
     interval: Interval | None
-    """``None`` if it cannot be told."""
+    """``None`` if the fraction is too uncertain to be stated, or if there is no gap."""
     queries_needed: int = 0
-    """About how many queries would be enough, if there are too few; else 0."""
+    """Approximate number of queries that would be enough, if there are too few; else 0."""
 
 
 def gap_closed(cells: Mapping[str, Result]) -> GapClosed | None:
-    """Return the teacher gap closed in a column; ``None`` if the three models were not measured by one embedding.
+    """Return the teacher gap closed in a column; ``None`` if the three models were not measured in one embedding.
 
-    It is stated if the teacher is clearly better than the untrained student, and its interval is narrower than
-    ``WIDEST``.
+    The fraction is stated if the teacher is clearly better than the untrained student, and if the interval of the
+    fraction is narrower than ``WIDEST``.
     """
     if not (cells.keys() >= {*GAP} and are_comparable(*(cells[row] for row in GAP))):
         return None  # a resume may change how the embedding is made
@@ -157,7 +157,7 @@ def gap_closed(cells: Mapping[str, Result]) -> GapClosed | None:
 
 
 def round_up(number: int) -> int:
-    """Return the number rounded up to its first digit."""
+    """Round a number up to one significant digit."""
     unit = 10 ** int(math.log10(number))
     return -(-number // unit) * unit
 
@@ -176,7 +176,8 @@ def gap_closed_by_step(
             (``retrieval.baselines``); default ``log``.
 
     Returns:
-        Empty if untrained student or teacher is missing, or if there is no gap in either bank.
+        Training batches → teacher gap closed; empty if the log lacks the untrained student or the teacher, or if
+            neither bank has a gap.
     """
     values: dict[int, list[float]] = {}
     for bank in BANKS:
@@ -190,7 +191,7 @@ def gap_closed_by_step(
 
 
 def resample(*hits: Hits) -> NDArray[np.float64]:
-    """Return the accuracies of S models in each bootstrap resample of their common queries, (R, S).
+    """Return the accuracies of S models in each of R bootstrap resamples of their common queries, (R, S).
 
     Queries that the same models get right are interchangeable, so only the number of queries of each kind is drawn.
 

@@ -1,4 +1,4 @@
-"""Define the rows of an evaluation, and the log keys of its numbers."""
+"""Define the rows of an evaluation's tables, and the log keys of its numbers."""
 
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
@@ -8,13 +8,13 @@ from d2v_composer.models.alignment import EmbeddingInfo
 from d2v_composer.models.names import EMBEDDING
 
 UNTRAINED, STUDENT, TEACHER = GAP = ("untrained student", "student", "teacher")
-"""The models between which the teacher gap lies; agreement compares with the teacher."""
+"""The teacher gap lies between the first and the last of these models; agreement compares with the teacher."""
 IN_INDEX = "in the teacher's index"
 GAP_CLOSED = "teacher gap closed"
 
 
 class Side(NamedTuple):
-    """The embeddings of a row's queries, or of its bank."""
+    """One side of a row, its queries or its bank: a model, and the name of an embedding of that model."""
 
     model: str
     embedding: str = ""
@@ -43,11 +43,11 @@ class Row(NamedTuple):
         return not self.models.isdisjoint((UNTRAINED, STUDENT))
 
     def is_measurable(self, models: Collection[str], infos: Mapping[str, EmbeddingInfo]) -> bool:
-        """Return whether the models are there and, if they are two, whether their embeddings are in one space.
+        """Return whether the row's models are given and, if they are two, whether their embeddings are in one space.
 
         Args:
             models: Names of the models.
-            infos: Model → what its embedding is, if known.
+            infos: Model → description of its embedding, if known.
         """
         if not self.models <= {*models}:
             return False
@@ -60,15 +60,15 @@ class Row(NamedTuple):
     def sides(
         self, names: Collection[str], headline: str, info: EmbeddingInfo | None
     ) -> Iterator[tuple[Side, Side, bool]]:
-        """Yield the queries, the bank and whether they are the row's headline, for each embedding.
+        """Yield, for each embedding: the queries, the bank, and True if the embedding is the row's headline.
 
         Args:
             names: Names of the embeddings of the model that embeds the queries.
-            headline: Name of the embedding in tables.
-            info: What the embedding is that the headline stands for, if known.
+            headline: Name of the embedding that tables show.
+            info: Description of the model's embedding, if known.
 
         Raises:
-            ValueError: The model lacks the headline.
+            ValueError: None of the model's embeddings can be shown as the headline.
         """
         if self.queries.embedding:
             yield self.queries, self.bank, True
@@ -82,9 +82,10 @@ class Row(NamedTuple):
 
 
 def find_headline(headline: str, names: Collection[str], info: EmbeddingInfo | None) -> str:
-    """Return the headline's name among a model's embeddings.
+    """Return the name of the model's embedding that tables show as the headline.
 
-    A model without it, such as the encoder alone, is shown by its output pooled in the same way, or its only embedding.
+    A model that lacks the headline, such as the encoder alone, is shown by its output with the same pooling or by its
+    only embedding.
 
     Raises:
         ValueError: The model has no such embedding.

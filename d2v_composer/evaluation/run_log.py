@@ -1,4 +1,4 @@
-"""A run's log of metrics, in JSON lines."""
+"""Read a run's log of metrics, which has JSON lines."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ def read_lines(path: Path) -> list[tuple[bytes, int, dict[str, float]]]:
 
 
 def read_jsonl(path: Path) -> dict[str, dict[int, float]]:
-    """Read a log as key → step → value; if a step was logged again, the later value counts. See :func:`read_lines`."""
+    """Read a log as key → step → value; if a step was logged again, the later value counts; see :func:`read_lines`."""
     series: dict[str, dict[int, float]] = {}
     for _, step, values in read_lines(path):
         for key, value in values.items():

@@ -1,4 +1,4 @@
-"""Settings with which sets are embedded and measured."""
+"""The settings with which labeled sets are embedded and measured."""
 
 import hashlib
 from collections.abc import Callable, Collection, Sequence
@@ -15,28 +15,28 @@ from d2v_composer.system.errors import InputError
 
 
 class Settings(NamedTuple):
-    """Settings with which sets are embedded and measured."""
+    """Settings with which labeled sets are embedded and measured."""
 
     headline: str
     """Name of the embedding that tables show."""
     ks: Sequence[int]
-    """Numbers of neighbors to count hits among; each at most the size of the smallest split."""
+    """Numbers of nearest neighbors among which hits are counted; each is at most the size of the smallest split."""
     probes: Collection[str]
-    """Names of further metrics; a set without labels gets all that need no labels."""
+    """Names of further metrics; on a set without labels, all metrics that need no labels are measured instead."""
     augment: Augmentation | None
-    """Makes the two views of an image."""
+    """Makes the two views of a sample; ``None``: there are no views."""
     batch_size: int
-    """Number of images that each rank embeds at once."""
+    """Number of samples that each rank embeds at once."""
     has_teacher: bool = False
     """Whether there is a teacher to compare with."""
     needs_all: bool = False
-    """Whether every embedding is measured, or the headline alone."""
+    """True: measure every embedding; False: measure the headline alone."""
     to_device: Callable[[Tensor], Tensor] = lambda tensor: tensor
     """Moves a tensor to the device that embeds and searches."""
     before_batch: Callable[[], None] = lambda: None
-    """Called before each batch of images and each search; it may raise to end the measurement."""
+    """Called before each batch of samples and each search; an exception that it raises ends the measurement."""
     ranks: Ranks = ONE_RANK
-    """The processes that share the work."""
+    """The rank of this process among those that share the work."""
     progress: str | None = None
     """Text of the progress bar before the name of the set; ``None``: no bar."""
 
@@ -59,7 +59,7 @@ class Settings(NamedTuple):
         return metric.columns(self.ks, sizes)
 
     def needs(self, labeled: EvaluationSet, what: str) -> bool:
-        """Return whether a metric of the set needs ``what``."""
+        """Return whether any metric that is measured on the set needs ``what``, such as ``views``."""
         return any(what in metric.needs for metric in self.metrics(labeled))
 
     def conditions(self, name: str, labeled: EvaluationSet) -> dict[str, str]:
@@ -73,15 +73,15 @@ class Settings(NamedTuple):
         return conditions
 
     def check(self, name: str, labeled: EvaluationSet) -> None:
-        """Check that a set has enough images for every k.
+        """Check that a set has enough samples for every k and for agreement.
 
         Raises:
-            InputError: The set has too few images.
+            InputError: The set has too few samples.
         """
         smallest, num_test, ks = min(filter(None, labeled.num_samples)), labeled.num_samples[1], self.ks
         if not 1 <= min(ks) <= max(ks) <= smallest:
             raise InputError(
-                f"ks: must be from 1 to {smallest}, the number of images in {name}'s smaller split; got {list(ks)}"
+                f"ks: must be from 1 to {smallest}, the number of samples in {name}'s smaller split; got {list(ks)}"
             )
         if num_test <= NUM_COMMON and ("agreement" in self.probes or not labeled.has_labels):
-            raise InputError(f"datasets.{name}: agreement needs more than {NUM_COMMON} images, got {num_test}")
+            raise InputError(f"datasets.{name}: agreement needs more than {NUM_COMMON} test samples, got {num_test}")

@@ -48,7 +48,7 @@ def test_any_k_works_and_of_equal_images_the_first_is_found_first() -> None:
     bank = torch.ones(12, 4)
     assert exact_neighbors(bank, torch.ones(2, 4), 12).indices.tolist() == [list(range(12))] * 2
     assert exact_neighbors(bank, torch.ones(0, 4), 3).indices.shape == (0, 3)
-    with pytest.raises(ValueError, match="k must be from 1 to 12, the number of bank images; got 13"):
+    with pytest.raises(ValueError, match="k must be from 1 to 12, the number of bank samples; got 13"):
         exact_neighbors(bank, torch.ones(2, 4), 13)
     with pytest.raises(RuntimeError, match="4x12"):  # torch names the shapes
         exact_neighbors(bank, torch.ones(2, 5), 1)
@@ -88,5 +88,5 @@ def test_an_image_is_never_its_own_neighbor() -> None:
     assert not (nearest == torch.arange(30)[:, None]).any()
     assert nearest.shape == (30, 3)
     assert all(len(set(row)) == 3 for row in nearest.tolist())
-    with pytest.raises(ValueError, match="k must be from 1 to 9, the number of other images; got 10"):
+    with pytest.raises(ValueError, match="k must be from 1 to 9, the number of other samples; got 10"):
         neighbor_agreement(torch.ones(10, 4), torch.ones(10, 4))

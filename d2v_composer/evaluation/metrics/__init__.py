@@ -1,4 +1,4 @@
-"""Metrics of embeddings: a file each, and the list of them, in the order of tables."""
+"""Metrics of embeddings, each in a file of its own, and the list of all metrics, in the order of tables."""
 
 from d2v_composer.evaluation.metrics.agreement import AGREEMENT
 from d2v_composer.evaluation.metrics.instance import INSTANCE

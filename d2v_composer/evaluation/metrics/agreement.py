@@ -1,4 +1,4 @@
-"""Neighbor agreement: the share of an image's 10 nearest test images that its teacher finds, too.
+"""Neighbor agreement: the share of a sample's 10 nearest test samples that the teacher finds, too.
 
 This is mutual k-NN (Huh et al. 2024, arXiv:2405.07987).
 """
@@ -12,7 +12,7 @@ from d2v_composer.evaluation.metrics.metric import Column, Metric, Pair, Table
 from d2v_composer.evaluation.nearest_neighbors import NUM_COMMON, common_fractions, others_of
 
 WITHOUT_LABELS = Table(
-    "without_labels", "Measured without labels", "Does it find what its teacher finds, without labels?"
+    "without_labels", "Measured without labels", "Does a model find what the teacher finds, without labels?"
 )
 
 
@@ -25,14 +25,14 @@ def hits(pair: Pair, columns: Sequence[Column]) -> list[Tensor]:
 
 
 def nearest_others(pair: Pair) -> Tensor:
-    """Return the indices of each test image's nearest other test images, (Q, ``NUM_COMMON``)."""
+    """Return the indices of each test sample's nearest other test samples, (Q, ``NUM_COMMON``)."""
     nearest = pair.nearest("test", "test", NUM_COMMON + 1).indices
     return others_of(nearest, torch.arange(len(nearest), device=nearest.device))
 
 
 AGREEMENT = Metric(
     "agreement",
-    "is the share of an image's 10 nearest neighbors that the teacher finds, too",
+    "is the share of a sample's 10 nearest neighbors that the teacher finds, too",
     WITHOUT_LABELS,
     frozenset({"teacher"}),
     columns,

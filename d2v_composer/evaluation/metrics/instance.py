@@ -1,4 +1,4 @@
-"""Instance retrieval: does one augmented view of an image find the other among those of all test images?"""
+"""Instance retrieval: does one augmented view of a sample find the other view among those of all test samples?"""
 
 from collections.abc import Mapping, Sequence
 
@@ -18,7 +18,7 @@ def hits(pair: Pair, columns: Sequence[Column]) -> list[Tensor]:
 
 INSTANCE = Metric(
     "instance",
-    "looks for one augmented view of an image by another one",
+    "looks for an augmented view of a sample among those of all test samples, given another view",
     WITHOUT_LABELS,
     frozenset({"views"}),
     columns,

@@ -1,6 +1,6 @@
-"""k-NN classification: the label that wins the vote of a test image's 20 nearest train images.
+"""k-NN classification: is the label right that wins the vote of a test sample's 20 nearest train samples?
 
-DINO's weighted vote (Caron et al. 2021, arXiv:2104.14294), and the plain majority.
+There are two votes: DINO's weighted vote (Caron et al. 2021, arXiv:2104.14294) and the plain majority.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from d2v_composer.evaluation.metrics.metric import Column, Metric, Pair, Table
 from d2v_composer.evaluation.nearest_neighbors import NUM_NEIGHBORS, TEMPERATURE, vote
 
 CLASSIFIERS = Table(
-    "probes", "Probes fitted on train, measured on test", "Do classifiers, fitted to train, find the right class?"
+    "probes", "Probes fitted on train, measured on test", "Do classifiers fitted to train find the right class?"
 )
 
 
@@ -30,5 +30,5 @@ def hits(pair: Pair, columns: Sequence[Column]) -> Iterator[Tensor]:
 
 
 KNN = Metric(
-    "knn", "classifies an image by its 20 nearest train images", CLASSIFIERS, frozenset({"labels"}), columns, hits
+    "knn", "classifies a sample by its 20 nearest train samples", CLASSIFIERS, frozenset({"labels"}), columns, hits
 )

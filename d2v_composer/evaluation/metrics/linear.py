@@ -1,4 +1,4 @@
-"""A linear probe: logistic regression, fitted to the train images and measured on the test images."""
+"""A linear probe: logistic regression, fitted to the train samples and measured on the test samples."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from d2v_composer.evaluation.metrics.knn import CLASSIFIERS
 from d2v_composer.evaluation.metrics.metric import Column, Metric, Pair
 
 warn_once = cache(logging.getLogger(__name__).warning)
-"""Logs a warning, unless the process has logged it before: a run measures its student many times."""
+"""Logs a warning once in a process, because a run measures its student many times."""
 
 
 def columns(ks: Sequence[int], sizes: Mapping[str, int]) -> list[Column]:
@@ -27,7 +27,7 @@ def hits(pair: Pair, columns: Sequence[Column]) -> list[Tensor]:
 
 LINEAR = Metric(
     "linear",
-    "classifies an image by a logistic regression, which takes seconds for each row",
+    "classifies a sample by a logistic regression, which takes seconds to fit for each model",
     CLASSIFIERS,
     frozenset({"labels"}),
     columns,

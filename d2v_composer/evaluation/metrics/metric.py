@@ -1,6 +1,6 @@
 """Metrics: a metric has a name, what it needs, its columns of tables, and a function from embeddings to hits.
 
-Shapes: Q queries, N bank images, K neighbors, D channels.
+Shapes: Q queries, N bank samples, K neighbors, D channels.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,9 +13,9 @@ from d2v_composer.evaluation.nearest_neighbors import TopK, retrieval_hits
 
 BANKS = ("train", "test")
 VIEWS = ("first view", "second view")
-"""Two augmentations of each test image."""
+"""Names of the parts that hold two augmentations of each test sample."""
 CLASSES = "classes"
-"""The text embeddings of a set's classes."""
+"""Name of the part that holds the text embeddings of a set's classes."""
 
 
 class Table(NamedTuple):
@@ -36,7 +36,7 @@ class Column(NamedTuple):
     """Name of the metric."""
     bank: str
     """The split that is searched, or to which a classifier is fitted; ``classes`` for text embeddings of the classes;
-    '' for the test images among themselves."""
+    '' for the test samples among themselves."""
     name: str
     """Name in files."""
     k: int | None
@@ -58,11 +58,11 @@ class Pair:
     bank: Callable[[str], Tensor]
     """Returns a part's embeddings in the bank, (N, D), on the device."""
     labels: Callable[[str], Tensor]
-    """Returns the label of each image of a part; a view's label is the number of its image."""
+    """Returns the label of each sample of a part; a view's label is the index of its sample."""
     search: Callable[[Tensor, Tensor, int], TopK]
-    """Returns each query's k nearest in a bank, given bank, queries and k."""
+    """Returns the k nearest bank samples of each query, given the bank, (N, D), the queries, (Q, D), and k."""
     teacher: Callable[[], Tensor]
-    """Returns the K other test images that are nearest to each test image in the teacher's embedding, (Q, K)."""
+    """Returns the indices of each test sample's K nearest other test samples in the teacher's embedding, (Q, K)."""
     widths: Mapping[str, int] = field(default_factory=dict)
     """Bank → the largest number of neighbors that any metric asks for."""
     title: str = ""
@@ -70,9 +70,9 @@ class Pair:
     found: dict[tuple[str, str], TopK] = field(default_factory=dict)
 
     def nearest(self, bank: str, queries: str, k: int) -> TopK:
-        """Return, for each query of a part, the k nearest in a part of the bank, (Q, k); of a smaller bank, all.
+        """Return the k bank samples nearest to each query, given the parts of both, (Q, k); all of a smaller bank.
 
-        A search serves all metrics.
+        The result of a search is kept for all metrics.
         """
         nearest = self.found.get((bank, queries))
         if nearest is None or nearest.indices.shape[1] < k:
@@ -88,10 +88,10 @@ class Metric(NamedTuple):
     name: str
     """Name in ``retrieval.probes`` of a YAML."""
     about: str
-    """The sentence that describes it in ``retrieval.probes``."""
+    """What the metric does, after its name in the description of ``retrieval.probes``."""
     table: Table
     needs: frozenset[str]
-    """What it needs, of ``labels``, ``teacher``, ``texts`` (embeddings of the classes) and ``views``."""
+    """What the metric needs: any of ``labels``, ``teacher``, ``texts`` (embeddings of the classes) and ``views``."""
     columns: Callable[[Sequence[int], Mapping[str, int]], list[Column]]
     """Returns the columns, given the numbers of neighbors that a YAML asks for (``ks``) and the size of each bank."""
     hits: Callable[[Pair, Sequence[Column]], Iterable[Tensor]]
@@ -99,7 +99,7 @@ class Metric(NamedTuple):
 
 
 def hits_at(pair: Pair, bank: str, queries: str, columns: Sequence[Column]) -> list[Tensor]:
-    """Return for each column whether one of a query's k nearest has its label, (Q,) bool."""
+    """Return for each column whether any of a query's k nearest bank samples has the query's label, (Q,) bool."""
     ks = [column.k or 0 for column in columns]
     nearest = pair.nearest(bank, queries, max(ks)).indices
     return retrieval_hits(nearest, pair.labels(bank), pair.labels(queries), ks)

@@ -1,4 +1,4 @@
-"""Zero-shot retrieval: does one of a query's k nearest bank images have the query's label?"""
+"""Zero-shot retrieval: does one of a query's k nearest bank samples have the query's label?"""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -23,8 +23,8 @@ def hits(pair: Pair, columns: Sequence[Column]) -> Iterator[Tensor]:
 
 RETRIEVAL = Metric(
     "retrieval",
-    "the label of the nearest images, in both directions",
-    Table("retrieval", "Zero-shot retrieval", "Does it find the right {unit}?"),
+    "finds samples of the same class in the other split, in both directions",
+    Table("retrieval", "Zero-shot retrieval", "Does a model find the right {unit}?"),
     frozenset({"labels"}),
     columns,
     hits,

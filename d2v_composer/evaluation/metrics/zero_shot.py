@@ -1,4 +1,4 @@
-"""Zero-shot classification: is the text embedding of an image's class among the nearest to the image?"""
+"""Zero-shot classification: is the text embedding of a sample's class among the nearest to the sample?"""
 
 from collections.abc import Mapping, Sequence
 
@@ -18,11 +18,11 @@ def hits(pair: Pair, columns: Sequence[Column]) -> list[Tensor]:
 
 ZERO_SHOT = Metric(
     "zero_shot",
-    "looks up the nearest of a set's ``class_embeddings``",
+    "classifies a sample by the nearest of the set's ``class_embeddings``",
     Table(
         "zero_shot",
         "Zero-shot classification of test by text embeddings of the classes",
-        "Is the text of its class the nearest?",
+        "Is the text of a sample's class the nearest?",
     ),
     frozenset({"labels", "texts"}),
     columns,
