@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from d2v_composer.data.modality import Augmentation, Modality
-from d2v_composer.evaluation.embedded_set import Embed, embed_set
+from d2v_composer.evaluation.embedded_set import Embed, check_finite, embed_set
 from d2v_composer.evaluation.measurement import measure
 from d2v_composer.evaluation.metrics.metric import Column
 from d2v_composer.evaluation.results import Interval, Result, gap_closed, pivot
@@ -111,6 +111,9 @@ class Evaluation:
         Args:
             device: Device of the models: cpu or cuda.
             autocast_dtype: Dtype of autocast; ``None`` computes in float32.
+
+        Raises:
+            RunError: An embedding is not finite.
         """
         for modality, embeds in self.groups.items():
             datasets, augment = self.load(modality)
@@ -124,6 +127,7 @@ class Evaluation:
                 )
                 with torch.inference_mode(), precision_of(autocast_dtype, device):
                     embedded = embed_set(embeds, dataset, labeled, settings, self.infos)
+                    check_finite(dataset, embedded)
                     self.results += measure(rows, embedded, dataset, labeled, settings, self.infos, self.weights)
 
     def write(self, folder: Path, context: dict[str, Any]) -> None:

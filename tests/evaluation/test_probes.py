@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from d2v_composer import knn_accuracy, linear_probe_accuracy
 from d2v_composer.evaluation import linear_probe
-from d2v_composer.evaluation.embedded_set import embed_set
+from d2v_composer.evaluation.embedded_set import check_finite, embed_set
 from d2v_composer.evaluation.linear_probe import STRENGTHS, fit_linear_probe
 from d2v_composer.evaluation.measurement import measure
 from d2v_composer.evaluation.rows import rows_of
@@ -91,19 +92,16 @@ def test_degenerate_embeddings_are_classified_all_the_same() -> None:
     assert linear_probe_accuracy(data.train[:1], data.train_labels[:1], *data[2:]) == 0.25
 
 
-def test_embeddings_that_are_not_finite_are_not_measured() -> None:
+def test_embeddings_that_are_not_finite_are_named() -> None:
     """Overflowed in half precision, or by large weights, they would have an accuracy like any others."""
     data = blobs(40, 6)
     labeled = EvaluationSet(LabeledSamples(data.train, data.train_labels), LabeledSamples(data.test, data.test_labels))
     settings = Settings("a", (1,), (), augment=None, batch_size=1000)
-    for value in (torch.nan, torch.inf):
-        with pytest.raises(RunError, match=r"^set, train: embeddings by student are not finite$"):
-            embed_set(
-                {"student": lambda x, value=value: {"a": x.index_fill(0, torch.tensor(3), value)}},
-                "set",
-                labeled,
-                settings,
-            )
+    refused = pytest.raises(RunError, match=r"^set, train: embeddings by student are not finite$")
+    for value, expected in ((0.0, nullcontext()), (torch.nan, refused), (torch.inf, refused)):
+        embeds = {"student": lambda x, value=value: {"a": x.index_fill(0, torch.tensor(3), value)}}
+        with expected:
+            check_finite("set", embed_set(embeds, "set", labeled, settings))
 
 
 def test_doubts_a_fit_that_has_not_converged_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
