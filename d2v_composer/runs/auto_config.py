@@ -4,7 +4,9 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +20,7 @@ from d2v_composer.config.load import load_config
 from d2v_composer.config.resume import NEW_RESULT, keys_marked
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.conversion.convert import convert, hold_out
-from d2v_composer.data import build_augmentation, modality_of
+from d2v_composer.data import MODALITIES, build_augmentation, modality_of
 from d2v_composer.data.audio import MAX_SECONDS_WHOLE
 from d2v_composer.data.images import Images
 from d2v_composer.data.modality import Modality
@@ -112,6 +114,7 @@ def prepare(request: Request) -> Plan | None:
         InputError: OUT is in use or holds other files; or the samples, the teacher or a changed setting cannot be used.
     """
     if has_begun(request):
+        warn_of_changes(request)
         return None
     lock, fetched = FolderLock(RunFolder(request.out)), request.out / FETCHED
     try:
@@ -148,6 +151,23 @@ def has_begun(request: Request) -> bool:
             raise InputError(f"{out} holds a run of another command; choose another --out")
         request.check()
         return (out / "run.yaml").exists()
+
+
+def warn_of_changes(request: Request) -> None:
+    """Print a warning if a source on this machine has changed since the run read it, which it does not do again."""
+    if is_remote(request.source):
+        return
+    about = read_json(request.out / REQUEST, Record)
+    [modality] = [kind() for kind in MODALITIES.values() if kind.unit in about]
+    with suppress(InputError):  # nothing is left, or it is damaged
+        if open_source(request.source, modality, column=request.column).content == about["list of files"]:
+            return
+    samples = request.out / modality.unit
+    print(
+        f"warning: {request.source} has changed since {request.out} was begun; the run trains on the samples in "
+        f"{samples}, and to train on the new ones, choose another --out",
+        file=sys.stderr,
+    )
 
 
 def make_plan(request: Request, fetched: Path) -> Plan:

@@ -309,11 +309,15 @@ def test_what_is_read_is_what_was_listed(photos: Path, tmp_path: Path) -> None:
 
 
 def test_a_source_of_any_name_goes_on(photos: Path, tmp_path: Path) -> None:
-    """Promise 10: the name is Latin-1, and has a newline; the data sets are the user's."""
+    """Promises 8 and 10: the name is Latin-1, and has a newline; the data sets are the user's; images come later."""
     source, changes = tmp_path / os.fsdecode(b"caf\xe9\nlines"), (*SHORTEST, "retrieval.datasets={}")
     shutil.copytree(photos, source)
     distill(source, tmp_path / "run", changes=changes)
-    assert "this run is complete at 1ba" in distill(source, tmp_path / "run", changes=changes)
+    again = succeed(*command(source, tmp_path / "run", *changes))
+    assert "this run is complete at 1ba" in again.stdout
+    assert "has changed since" not in again.stderr
+    (source / "new.jpg").write_bytes(encoded_image(1000))
+    assert f"has changed since {tmp_path / 'run'} was begun" in succeed(*command(source, tmp_path / "run")).stderr
 
 
 @pytest.fixture
