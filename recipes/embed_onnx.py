@@ -2,9 +2,9 @@
 
 usage: python recipes/embed_onnx.py student.onnx photos embeddings.npy
 
-It needs numpy, onnxruntime and Pillow. The file's metadata say how to prepare images. The embeddings, (N, D), are those
-of ``d2v embed``, up to pixels of a decoded JPEG that differ by 1 of 255. The names of the images, (N,), go to
-embeddings.ids.npy. Files that Pillow does not know by their suffix are left out.
+It needs numpy, onnxruntime and Pillow. The file's metadata say how to prepare images. The embeddings, (N, D), equal
+those of ``d2v embed``, except that pixels of a decoded JPEG may differ by 1 (of 255). The names of the images, (N,), go
+to embeddings.ids.npy. Files that Pillow does not know by their suffix are left out.
 """
 
 import json

@@ -27,7 +27,7 @@ from d2v_composer.system.errors import InputError
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run the preflight in the first process, which starts other ranks itself."""
+    """Run the preflight in the first process, which launches the rehearsal's ranks; the other processes return."""
     if dist.get_local_rank() != 0:
         return
     train, ranks = Path(__file__).with_name("train.py"), dist.get_local_world_size()

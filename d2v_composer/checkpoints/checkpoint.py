@@ -1,7 +1,8 @@
 """Read and download a run's checkpoints, and order them by their names.
 
-Files with other names are ignored. Composer's own autoresume is not used: it runs any code in the file that
-``latest-rank0.pt`` points at, and cannot tell a store that denies access from a store without checkpoints.
+Checkpoints are the files named ``epEPOCH-baBATCH-rank0.pt``; other files are ignored. Composer's own autoresume is not
+used: it runs any code in the file that ``latest-rank0.pt`` points at, and cannot tell a store that denies access from a
+store without checkpoints.
 """
 
 import datetime

@@ -297,9 +297,10 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
 
 
 def _results_of(checkpoint: Checkpoint) -> Record:
-    """Return the section ``results`` for a run's record: the last accuracies, and what embedded each row's queries.
+    """Return the section ``results`` for a run's record.
 
-    The returned dict is empty if the run measured nothing.
+    It has the last accuracies, by data set and row of the table, and the weights and the embedding of each row's
+    queries; it is empty if the run measured nothing.
     """
     saved = checkpoint.saved_by("ZeroShotRetrieval")
     if not saved.get("history"):
@@ -316,7 +317,8 @@ def _load_teacher_of(record: Record, path: Path, teacher_path: str | None) -> Te
     """Load a distillation run's teacher, from ``teacher_path`` or, by default, from where the run loaded it.
 
     Returns:
-        The teacher; ``None``, with a warning, if it cannot be loaded from there, and the student has its own encoder.
+        The teacher; ``None``, with a warning, if no ``teacher_path`` is given, the teacher is not where the run loaded
+        it, and the student has its own encoder.
 
     Raises:
         InputError: The teacher at ``teacher_path``, or one whose encoder the student shares, cannot be loaded.

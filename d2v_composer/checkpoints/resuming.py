@@ -50,8 +50,8 @@ def find_newest(
             which may differ if another machine wrote it.
 
     Raises:
-        InputError: The store cannot be read or holds other files, none of the checkpoints is complete, this package
-            did not write a checkpoint, or there are checkpoints although ``resumes`` is false.
+        InputError: The store cannot be read or holds files that are no run's, none of the checkpoints is complete, this
+            package did not write a checkpoint, or there are checkpoints although ``resumes`` is false.
         Exception: ``accept`` raised an exception.
         RunError: The store cannot be written.
     """

@@ -32,7 +32,7 @@ COMMANDS = {
     "search": "find the samples in an index that are nearest to a query, or near-duplicates",
     "align": "let a student search an index that another model made",
     "merge": "merge the parts of a conversion or of embeddings",
-    "benchmark": "measure the speed of training, data and retrieval against baselines",
+    "benchmark": "measure the speed of training, data loading and retrieval against baselines",
     "env": "print what a bug report needs: versions, machine, packages",
 }
 

@@ -85,14 +85,15 @@ class Align(Command):
             index = read_index(path)
             pairs, num_repeated = pairs_of_index(source, index, path, self.max_samples)
             print(
-                f"pairs: {len(pairs.numbers):,} of {len(source):,} samples and {len(index.ids):,} rows; left out "
-                f"{num_repeated:,} rows with repeated ids"
+                f"{len(pairs.numbers):,} pairs from {len(source):,} samples and {len(index.ids):,} rows of the index; "
+                f"left out {num_repeated:,} rows with repeated ids"
             )
         else:
             assert self.to is not None  # because there is no index
             teacher, _ = load_any(self.to)
-            if (modality := teacher.encoder.config.modality) != (own := student.encoder.config.modality):
-                raise InputError(f"--to: {self.to} takes {modality}, but {self.model} takes {own}")
+            unit, own = (modality_of(model.encoder.config).unit for model in (teacher, student))
+            if unit != own:
+                raise InputError(f"--to: {self.to} takes {unit}, but {self.model} takes {own}")
             teacher.use_embedding(self.pooling, self.representation)
             pairs = pairs_of_model(source, teacher.eval().to(device), self.max_samples)
         if pairs.of.space.partition(" ")[0] != value_at(distillation_of(student.provenance), "teacher.sha256"):

@@ -51,7 +51,7 @@ class Search(Command):
     duplicates: bool = False
     """List the groups of near-duplicates in INDEX; takes no QUERY."""
     above: Annotated[float, Field(ge=-1, lt=1)] | None = None
-    """Cosine above which two rows are near-duplicates; default: 0.95."""
+    """Cosine above which two rows are near-duplicates, after the mean of all rows is subtracted; default: 0.95."""
     k: Annotated[int, whole(1, 0x10000)] | None = None
     """Number of neighbors to find for each query; default: 10."""
     model: str | None = None

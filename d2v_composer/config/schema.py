@@ -306,7 +306,7 @@ class AlignmentConfig(Section):
     ``mean_patches``; null: the teacher's default."""
     representation: Annotated[Representation | None, FIXED] = None
     """Representation of the teacher's embedding to which the student is mapped: ``output`` of the last block, or
-    ``layer_mean``, which the loss regresses; null: the teacher's default."""
+    ``layer_mean``, the normalized mean of the FFN outputs; null: the teacher's default."""
 
 
 class LookupConfig(Section):
@@ -513,7 +513,7 @@ class FinetuneConfig(LabeledRunConfig, ModelReference):
     train_encoder: Annotated[bool, FIXED] = False
     """Train the encoder, too, except data2vec's fixed positions and BEiT's relative position biases."""
     dataset: LabeledSetConfig
-    """The MDS data set: the images in ROOT/train are for training, those in ROOT/test for evaluation. With
+    """The MDS data set: the samples in ROOT/train are for training, those in ROOT/test for evaluation. With
     ``train_loader.remote``, ROOT/train is the cache."""
     train_loader: ShardLoaderConfig = ShardLoaderConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
     optimizer: Annotated[LayerwiseOptimizerConfig, FIXED] = LayerwiseOptimizerConfig()  # pyright: ignore[reportIncompatibleVariableOverride]

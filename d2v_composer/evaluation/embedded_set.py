@@ -19,10 +19,10 @@ from d2v_composer.system.errors import RunError
 from d2v_composer.system.progress import progress_bar
 
 Embed = Callable[..., Tensor | dict[str, Tensor]]
-"""A function that embeds a batch on the model's device, and returns (B, D), or several embeddings by name.
+"""A function that embeds a batch on the model's device, and returns the embeddings, (B, D), or several by name.
 
-A batch is images, (B, 3, height, width) uint8; or clips, (B, L) float32, and, only if some are padded, the length of
-each before it was padded, (B,) int64, as a second argument.
+A batch is images, (B, 3, height, width) uint8, or clips, (B, L) float32. If some clips are padded, a second argument
+has the length of each clip without its padding, (B,) int64.
 """
 EmbeddedSet = dict[str, dict[str, Tensor]]
 """Part ('train', 'test', or one of ``VIEWS``) → name of an embedding → the embeddings of this rank's samples, (their

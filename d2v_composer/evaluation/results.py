@@ -114,7 +114,7 @@ def accuracy_interval(hits: Hits) -> Interval:
 
 
 def are_comparable(*results: Result) -> bool:
-    """Return whether results are of one column, of the same queries and of one embedding."""
+    """Return whether results have one data set, column and number of queries, and embeddings of one name and space."""
     ways = {result.info.made_by for result in results} - {"teacher"}
     places = {(result.dataset, result.column, len(result.hits)) for result in results}
     embeddings = {(result.embedding, result.info.of) for result in results}

@@ -130,7 +130,8 @@ def name_fastest(medians: Mapping[str, Mapping[str, float]]) -> str:
 def read_samples(student: Backbone, source: str | None, maximum: int, takes_pixels: bool = False) -> Tensor:
     """Return at most ``maximum`` samples as a program takes them, from a folder or the run's retrieval data.
 
-    Audio clips are cut to the shortest, (N, L). Images are normalized, (N, 3, S, S), or (N, S, S, 3) uint8.
+    Audio clips are cut to the shortest, (N, L). Images are normalized, (N, 3, height, width); with
+    ``takes_pixels``, they are (N, height, width, 3) uint8.
 
     Raises:
         InputError: There are too few samples, or they cannot be read.

@@ -34,7 +34,7 @@ class EmbeddingInfo(NamedTuple):
     """Description of a model's embedding: its name, what made it, its width, and the space that it is in."""
 
     of: str
-    """Name of the embedding that this is, or of the teacher's that it estimates: ``output_cls``, ``joint``, …"""
+    """Name of the raw embedding that this is or, for an estimate, of the teacher's: ``output_cls``, ``joint``, …"""
     made_by: MadeBy
     width: int
     """Number of channels, P."""

@@ -18,7 +18,8 @@ ENTRY_POINTS = "d2v_composer.teachers"
 CALLBACKS_GROUP = "d2v_composer.callbacks"
 """Group of entry points: each is called with a YAML's arguments and returns a Composer callback or logger."""
 EMBEDDING = "embedding"
-"""Name of a model's embedding: a teacher's own, or a student's estimate of it. All other embeddings are raw."""
+"""Name of the embedding for which a model is used: a teacher's own, a student's estimate of it or, of a student without
+an alignment, one of its raw embeddings."""
 JOINT = "joint"
 """Name of the image embedding that a teacher shares with a text tower, such as CLIP's after its projection."""
 Pooling = Literal["cls", "mean", "mean_patches"]

@@ -162,11 +162,11 @@ class Teacher(Backbone, Freezable):
         }
         sizes = {name: value for name, value in fields.items() if value is not None}
         if freeze_copied and init != "teacher_attention":
-            raise ValueError("freeze_copied: must be false without init teacher_attention")
+            raise ValueError("freeze_copied: must be false unless init is teacher_attention")
         if model is not None:
             return self.build_network(model, pretrained, sizes | ({} if init == "random" else {"init": init}))
         if pretrained:
-            raise ValueError("pretrained: must be false without a model timm/NAME")
+            raise ValueError("pretrained: must be false unless model is timm/NAME")
         config = StudentConfig(**{"final_layer_norm": self.layer_mean.final_layer_norm, **sizes})
         encoder = self.student_encoder()
         provenance = {"teacher": self.provenance, "student": {"own_encoder": encoder is not self.encoder}}

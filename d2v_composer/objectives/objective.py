@@ -34,13 +34,13 @@ class Regression(NamedTuple):
     target: Tensor
     """Same shape as ``prediction``, without gradient."""
     cls_prediction: Tensor | None = None
-    """(B, D): the prediction for CLS, if it regresses the mean of the target over the tokens; else ``None``."""
+    """Prediction of CLS, (B, D), if the loss compares it with the target's mean over the tokens; else ``None``."""
     padding_mask: Tensor | None = None
     """(B, T) bool: true for tokens that the loss leaves out."""
 
 
 class Outputs(NamedTuple):
-    """Results of a step."""
+    """What the model's ``forward`` returns for a microbatch."""
 
     regressions: dict[str, Regression]
     """Name of each objective → its regression."""

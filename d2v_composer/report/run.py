@@ -62,7 +62,7 @@ def latest(values: Mapping[int, float]) -> float | None:
 
 
 def read_run(folder: Path) -> Run:
-    """Read the folder of a finished or unfinished run of ``recipes/train.py``, ``finetune.py`` or ``detect.py``.
+    """Read the folder of a finished or unfinished run: a distillation, a fine-tuning or a detector's training.
 
     Results and neighbors are those of the newest checkpoint. Data sets that cannot be read, or have changed since, are
     left out, with a printed line.
@@ -130,18 +130,18 @@ def _next(run: Run, dataset: str, column: Column, cells: Mapping[str, Result], g
     if gap.interval is None:
         unit = run.modality.unit
         if not gap.queries_needed:
-            return f"Measure it on other {unit}, or with another teacher."
+            return f"Measure the student on other {unit}, or with another teacher."
         if cells[STUDENT].accuracy > cells[UNTRAINED].accuracy:
-            return f"Measure it on more test {unit}."
+            return f"Measure the student on more test {unit}."
     elif gap.interval.value >= ENOUGH:
-        return "Export it, or fine-tune it: there is little left to close."
+        return "Export or fine-tune the student: there is little left to close."
     if gap.interval is None or gap.interval.low <= 0:
-        return "Train it longer: so far, it is not clearly better than the untrained student."
+        return "Train the student longer: so far, it is not clearly better than the untrained student."
     untrained, student, teacher = (cells[row].accuracy for row in GAP)
     batch = last_batch(run.results)
     logged = run.log.get(metric_key(dataset, column), {})  # may go beyond the last checkpoint
     before = {0: untrained, **{step: value for step, value in logged.items() if step < batch}}
     if student - before[max(before)] >= RISING * (teacher - untrained):
-        return "Train it longer: the curve still rises."
+        return "Train the student longer: the curve still rises."
     more = "" if run.record["config"]["student"]["model"] else "more teacher.first_blocks or "  # timm's has its own
     return f"Try {more}smaller batches for the same number of samples: the curve is flat."

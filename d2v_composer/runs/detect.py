@@ -120,18 +120,18 @@ def load_backbone(config: DetectConfig) -> Backbone:
     student, _ = load_models(config.model)
     sizes = student.encoder.config
     if isinstance(student, Teacher) or sizes.modality != "image":
-        raise InputError(f"model: expected a student of images or timm/NAME, got {config.model}")
+        raise InputError(f"model: expected a student that takes images, or timm/NAME; got {config.model}")
     student.head = student.alignment = None  # of the weights before this run
     if size in (None, sizes.image_size):
         return student
     if not isinstance(student, TimmStudent):
-        raise InputError(f"image_size: must be {sizes.image_size}, the size of this student of blocks, got {size}")
+        raise InputError(f"image_size: must be {sizes.image_size}, as only a timm student can be resized; got {size}")
     with errors_of("image_size"):
         return student.resized(size)
 
 
 def read_split(config: DetectConfig, name: str) -> Boxes:
-    """Read the images and boxes of ``train`` or ``test``, a section of ``dataset``."""
+    """Read the boxes, and the paths of the images, of ``dataset.train`` or ``dataset.test``."""
     split: CocoConfig = getattr(config.dataset, name)
     with node_leaders_first(f"the {name} images"), errors_of(f"dataset.{name}", InputError):
         return read_coco(Path(split.images), Path(split.annotations), with_crowds=name == "test")

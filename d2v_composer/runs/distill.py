@@ -179,7 +179,7 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
     set_teachers_embedding(config, teacher)
     modality = modality_of(teacher.config)
     if config.train_loader.views is not None and modality.has_lengths:
-        raise InputError(f"train_loader.views: must be null for a teacher of {modality.unit}")
+        raise InputError(f"train_loader.views: must be null, because the teacher takes {modality.unit}")
     check_compiler(config.compile)
     with errors_of("student"):
         normalization = config.objectives.tokens.model_dump(include={"normalization", "final_layer_norm"})

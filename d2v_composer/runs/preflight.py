@@ -139,7 +139,8 @@ class Rehearsal:
                 copy.unlink()
         self.start(f"max_duration={batch + self.batches}ba")
         if (status := self.wait(PHASE_SECONDS)) != 0:
-            raise self.fault(f"the resumed run must exit with status 0 within {PHASE_SECONDS:.0f} s, got {status}")
+            ended = "was still running" if status is None else f"exited with status {status}"
+            raise self.fault(f"the resumed run must end with status 0 within {PHASE_SECONDS:.0f} s, but {ended}")
         if f" at batch {batch}\n" not in self.output.read_text(errors="replace"):
             raise self.fault(f"the run started over instead of resuming at batch {batch}")
         self.logged = read_jsonl(self.log)
@@ -233,8 +234,8 @@ class Rehearsal:
         return (
             f"pace          {pace:,.0f} {MODALITIES[self.data['modality']].unit}/s on {self.ranks} rank(s), "
             f"{waiting:.0%} of the time waiting for data\n"
-            f"time          {hours:.1f} h for {batches:,} batches, "
-            f"{evaluating:.1f} h of it in {retrievals} retrievals: {hours * self.ranks:.1f} "
-            f"{'GPU' if torch.cuda.is_available() else 'rank'}-hours\n"
+            f"time          {hours:.1f} h ({hours * self.ranks:.1f} "
+            f"{'GPU' if torch.cuda.is_available() else 'rank'}-hours) for {batches:,} batches, "
+            f"{evaluating:.1f} h of it in {retrievals} retrievals\n"
             f"nodes         any number that divides num_canonical_nodes, {config.train_loader.num_canonical_nodes}"
         )

@@ -33,7 +33,7 @@ CONTAINERS = (
         "Parquet files",
         "FILE.parquet#ROW",
         "a column of files' bytes, of paths relative to the file or of the hub's images; if several fit, `--column` "
-        "chooses",
+        "chooses one",
         "a column",
         "parquet",
     ),
@@ -41,8 +41,8 @@ CONTAINERS = (
         ".tar",
         "tars",
         "FILE.tar/KEY",
-        "files by suffix, as in WebDataset; if a key has several, `--column jpg` chooses; without `--label-column`, "
-        "folders in the tar are classes and splits",
+        "files by suffix, as in WebDataset; if a key has several such files, `--column jpg` chooses one; without "
+        "`--label-column`, folders in the tar are classes and splits",
         "cls or json:KEY",
         "tars",
     ),

@@ -225,9 +225,10 @@ def name_counts(left_out: Mapping[str, int]) -> str:
 
 
 def worker_options(num_workers: int, prefetch_factor: int, for_gpu: bool, timeout: float = 0) -> dict[str, Any]:
-    """Return DataLoader arguments for workers that prepare batches in advance; with 0, this process prepares them.
+    """Return DataLoader arguments for workers that prepare batches in advance.
 
-    This process also does so on Windows, which cannot fork, and on macOS, where a process with threads must not fork.
+    With 0 workers, this process prepares the batches. It always does so on Windows, which cannot fork, and on macOS,
+    where a process with threads must not fork.
     ``timeout`` is the number of seconds to wait for a batch; 0 for no limit.
     """
     options = {"pin_memory": for_gpu}  # pinning creates a CUDA context

@@ -100,7 +100,7 @@ class RunFolder(NamedTuple):
         text = text.replace("{run_name}", run_name)
         address = Address.parse(text)
         if address.scheme not in ("", *STORES) or not re.fullmatch(r"[\w.-]*", address.bucket):
-            raise ValueError(f"expected a folder or an address in one of {', '.join(STORES)}, got {text!r}")
+            raise ValueError(f"expected a folder or an address in a store ({', '.join(STORES)}), got {text!r}")
         place_to_write(text)
         check_path(address.path)
         return cls(Path(address.path), text.rstrip("/") if address.is_remote else None)

@@ -224,7 +224,7 @@ def _discard(descriptor: int) -> None:
 
 
 def prepare_streams() -> None:
-    """Print each line immediately; survive closed streams, and readers that exit, as in ``d2v report runs/a | head``.
+    """Set up the standard streams: each line appears at once, and closed streams or readers that exit do no harm.
 
     If standard output is a file and its disk is full, the print raises a RunError.
     """

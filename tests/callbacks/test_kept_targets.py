@@ -166,7 +166,7 @@ def test_a_finished_run_needs_no_room(
 
 def test_audio_has_no_views(small_data: Path) -> None:
     teacher = f"teacher.checkpoint={GOLDEN / 'audio_base.pt'}"
-    with pytest.raises(InputError, match=r"train_loader\.views: must be null for a teacher of clips"):
+    with pytest.raises(InputError, match=r"train_loader\.views: must be null, because the teacher takes clips"):
         build_model(load_config(small_run(Path("run"), small_data, teacher, "train_loader.views=4")))
 
 

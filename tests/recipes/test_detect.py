@@ -351,7 +351,7 @@ def other_categories(content: dict[str, Any]) -> None:
         (["model=timm/no_such_model"], "model: .*no_such_model"),
         (
             [f"model={GOLDEN / 'tiny_base.pt'}", "pretrained=true"],
-            "model: expected a student of images or timm/NAME, got .*base.pt$",
+            "model: expected a student that takes images, or timm/NAME; got .*base.pt$",
         ),
         ([f"model={GOLDEN / 'tiny_base.pt'}"], "pretrained: must be true unless the model is timm/NAME; the model is "),
         (boxes_of("test", Path("{other}")), r"dataset: train and test differ in the categories with the ids \[7\]$"),
@@ -385,7 +385,7 @@ def test_blocks_train_as_a_backbone(scenes: Path, tmp_path: Path) -> None:
     size = load_student(path).encoder.config.image_size
     changes = f"model={path}", "pretrained=true", "max_duration=2ba"
     line = failure(run_command(sys.executable, SCRIPT, *small_detection(tmp_path / "run", scenes, *changes)), 2)
-    assert line.endswith(f"image_size: must be {size}, the size of this student of blocks, got 64")
+    assert line.endswith(f"image_size: must be {size}, as only a timm student can be resized; got 64")
     detect(*small_detection(tmp_path / "run", scenes, *changes, f"image_size={size}"))
     succeed("export", tmp_path / "run" / "latest-rank0.pt", tmp_path / "out.safetensors")
     before, after = (load_student(file) for file in (path, tmp_path / "out.safetensors"))

@@ -61,11 +61,15 @@ def scores(column: str, untrained: float, student: float, teacher: float) -> tup
 @pytest.mark.parametrize(
     ("curve", "model", "advice"),
     [
-        ((0.2, 0.3, 0.4), None, "Train it longer: the curve still rises."),
+        ((0.2, 0.3, 0.4), None, "Train the student longer: the curve still rises."),
         ((0.2, 0.396, 0.4), None, f"Try more teacher.first_blocks or {FLAT}"),
         ((0.2, 0.408, 0.4), "timm/resnet18", f"Try {FLAT}"),
-        ((0.2, 0.15, 0.2), None, "Train it longer: so far, it is not clearly better than the untrained student."),
-        ((0.2, 0.5, 0.58), None, "Export it, or fine-tune it: there is little left to close."),
+        (
+            (0.2, 0.15, 0.2),
+            None,
+            "Train the student longer: so far, it is not clearly better than the untrained student.",
+        ),
+        ((0.2, 0.5, 0.58), None, "Export or fine-tune the student: there is little left to close."),
     ],
     ids=["rising", "flat", "a CNN, falling", "as untrained", "enough"],
 )
@@ -83,7 +87,7 @@ def test_a_student_without_labels() -> None:
     run = run_of(AGREEMENT, 1.0, 0.2, 0.5, 0.56)
     shown, from_untrained = scores("neighbor agreement", 20, 56, 100)
     way = f"that is {closed(run)} % of the way from {from_untrained} to the teacher"
-    assert [*verdicts(run)] == [f"{shown}; {way}. Train it longer: the curve still rises."]
+    assert [*verdicts(run)] == [f"{shown}; {way}. Train the student longer: the curve still rises."]
 
 
 def test_a_student_in_its_teachers_index() -> None:
@@ -129,7 +133,7 @@ def test_a_teacher_that_is_no_better_leaves_no_gap_to_close() -> None:
     shown, _ = scores("bank train top-1", 30, 40, 30)
     assert [*verdicts(run)] == [
         f"{shown}; the teacher is no better than the untrained student, 30.0 %. "
-        "Measure it on other images, or with another teacher."
+        "Measure the student on other images, or with another teacher."
     ]
 
 
@@ -139,7 +143,7 @@ def test_too_few_queries_make_no_percentage(queries: int, teacher: float) -> Non
     assert closed(run) == "–"
     [said] = verdicts(run)
     doubt = re.search(
-        rf"; {queries} images are too few .*\(([\d,]+) or more would do\)\. Measure it on more test", said
+        rf"; {queries} images are too few .*\(([\d,]+) or more would do\)\. Measure the student on more test", said
     )
     assert doubt is not None
     enough = int(doubt[1].replace(",", ""))
@@ -147,7 +151,7 @@ def test_too_few_queries_make_no_percentage(queries: int, teacher: float) -> Non
     assert closed(run_of(TOP1, teacher, 0.2, 0.25, queries=2 * enough)) != "–"
     [said] = verdicts(run_of(TOP1, teacher, 0.2, 0.15, queries=queries))
     assert "too few" in said
-    assert said.endswith("Train it longer: so far, it is not clearly better than the untrained student.")
+    assert said.endswith("Train the student longer: so far, it is not clearly better than the untrained student.")
 
 
 @pytest.mark.parametrize("change", ["of", "made_by", "space"])

@@ -46,7 +46,7 @@ def test_the_needs_of_the_whole_run(tmp_path: Path, small_data: Path, labeled: P
     run.logged = {key: {0: 1.0, 9: float(value)} for key, value in measured.items()}
     text = run.needs()
     assert "1,280 images/s on 8 rank(s), 20% of the time" in text
-    assert "1.7 h for 30,000 batches, 0.0 h of it in 6 retrievals: 13.5 rank-hours" in text
+    assert "1.7 h (13.5 rank-hours) for 30,000 batches, 0.0 h of it in 6 retrievals" in text
 
 
 def test_the_pace_on_a_gpu_is_that_of_a_hundred_batches(

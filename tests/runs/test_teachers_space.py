@@ -311,7 +311,7 @@ def test_an_index_that_does_not_fit_is_refused(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["out.safetensors", "--to", GOLDEN / "audio_base.pt"], "audio_base.pt takes audio, but .* takes image$"),
+        (["out.safetensors", "--to", GOLDEN / "audio_base.pt"], "audio_base.pt takes clips, but .* takes images$"),
         (["out.safetensors", "--index", "old.npy", "--pooling", "mean"], "--pooling and --representation apply only"),
         (["out.onnx", "--to", TEACHER_FILE], "out.onnx must end in .safetensors"),
     ],
@@ -362,7 +362,10 @@ def test_rows_that_share_an_id_are_left_out_and_counted(
     ids, rows = index
     write_index(tmp_path / "old.npy", np.concatenate([ids, ids[:3]]), np.concatenate([rows, rows[:3] + 1]))
     run_align(exported, photos, tmp_path / "out.safetensors", "--index", tmp_path / "old.npy")
-    assert "pairs: 117 of 120 samples and 123 rows; left out 6 rows with repeated ids" in capsys.readouterr().out
+    assert (
+        "117 pairs from 120 samples and 123 rows of the index; left out 6 rows with repeated ids"
+        in capsys.readouterr().out
+    )
 
 
 def test_an_evaluation_has_no_row_of_a_map_that_an_untrained_student_lacks(labeled: Path, tmp_path: Path) -> None:
