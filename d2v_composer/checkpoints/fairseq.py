@@ -28,11 +28,11 @@ PREFIXES: dict[str, type[Any]] = {
     "modality_encoders.IMAGE.": ImageEncoderConfig,
     "modality_encoders.AUDIO.": AudioEncoderConfig,
 }
-LICENSE_NOTE = "the license of the source; Meta released its data2vec 2.0 checkpoints under"
+LICENSE_NOTE = "as the source's license; Meta released its data2vec 2.0 checkpoints under"
 LICENSES = {
     ImageEncoderConfig: f"{LICENSE_NOTE} CC BY-NC 4.0",
     AudioEncoderConfig: f"{LICENSE_NOTE} MIT for audio",
-    EatEncoderConfig: "the license of the source; EAT's code is under MIT, and no license is stated for its weights",
+    EatEncoderConfig: "as the source's license; EAT's code is under MIT, and no license is stated for its weights",
 }
 # data2vec's default number of blocks, and of blocks in the target.
 DEPTH = TOP_K = 8
