@@ -7,7 +7,7 @@ from pydantic import BaseModel
 
 
 class OnResume(Enum):
-    """What a resume does if a field has another value than in the checkpoint. Without a mark, the run goes on."""
+    """Effect on a resume of a field whose value differs from the checkpoint's. Without a mark, the run goes on."""
 
     FIXED = auto()
     """The resume is refused: it would ignore the change, or silently mix old and new samples or targets."""

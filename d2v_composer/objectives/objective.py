@@ -40,7 +40,7 @@ class Regression(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What the model's ``forward`` returns for a microbatch."""
+    """Result of the model's ``forward`` for a microbatch."""
 
     regressions: dict[str, Regression]
     """Name of each objective → its regression."""

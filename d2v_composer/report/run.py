@@ -34,7 +34,7 @@ ENOUGH, RISING = 0.9, 0.02
 
 
 class Run(NamedTuple):
-    """What a report is made from."""
+    """Contents of a run's folder from which a report is made."""
 
     record: Mapping[str, Any]
     """The sections of run.yaml: config, command, versions, hardware, data, and teacher or model."""

@@ -23,7 +23,7 @@ from d2v_composer.models.configs import AudioEncoderConfig, ImageEncoderConfig
 from d2v_composer.models.images import ImageEncoder
 from d2v_composer.models.student import Student, StudentConfig
 from d2v_composer.system.errors import InputError
-from helpers import GOLDEN, QUICKSTART, datasets_of, load_checkpoint, small_run
+from helpers import GOLDEN, QUICKSTART, datasets_of, load_checkpoint, slow, small_run
 from recipes import train
 
 
@@ -186,12 +186,7 @@ RAW = ("retrieval.representation=output", "retrieval.pooling=cls")
 @pytest.mark.parametrize(
     ("options", "heading", "row"),
     [
-        pytest.param(
-            RAW,
-            "output_cls",
-            "| student | in the teacher's index (the teacher's output_cls) |",
-            marks=pytest.mark.slow,
-        ),
+        slow(RAW, "output_cls", "| student | in the teacher's index (the teacher's output_cls) |"),
         (("alignment.max_samples=0",), "the teacher's output_cls", "| student (raw) |"),
     ],
 )

@@ -461,9 +461,8 @@ def test_ranks_and_interrupted_commands_embed_to_the_same_bytes(tmp_path: Path) 
             process.kill()
     for sent, name in ((signal.SIGINT, "Interrupted"), (signal.SIGTERM, "SIGTERM")):
         program = start_python(*D2V, *command, "1")
-        wait_until(
-            lambda program=program: len(family_of(program.pid)) > 2, seconds=60
-        )  # it, its resource tracker, a worker
+        # The program, its resource tracker and a worker.
+        wait_until(lambda program=program: len(family_of(program.pid)) > 2, seconds=60)
         time.sleep(random.uniform(0, 0.1))
         family = family_of(program.pid)
         os.killpg(program.pid, sent)
