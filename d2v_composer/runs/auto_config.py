@@ -6,7 +6,6 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,6 +52,7 @@ MIN_SAMPLES = 200
 EPOCHS, MAX_BATCHES = 6, 30_000
 PRESETS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
 REQUEST, SETTINGS, HELD_OUT = "distill.json", "distill.yaml", "held_out"
+LISTING = "list of files"  # the hash of the source's list, in the request
 # In OUT: the shards of a data set in a store, until they are converted.
 FETCHED = f"{MARK}.fetched"
 
@@ -157,17 +157,17 @@ def warn_of_changes(request: Request) -> None:
     """Print a warning if a source on this machine has changed since the run read it, which it does not do again."""
     if is_remote(request.source):
         return
-    about = read_json(request.out / REQUEST, Record)
-    [modality] = [kind() for kind in MODALITIES.values() if kind.unit in about]
-    with suppress(InputError):  # nothing is left, or it is damaged
-        if open_source(request.source, modality, column=request.column).content == about["list of files"]:
-            return
-    samples = request.out / modality.unit
-    print(
-        f"warning: {request.source} has changed since {request.out} was begun; the run trains on the samples in "
-        f"{samples}, and to train on the new ones, choose another --out",
-        file=sys.stderr,
-    )
+    for modality in (kind() for kind in MODALITIES.values()):
+        if (samples := request.out / modality.unit).is_dir():
+            try:
+                source = open_source(request.source, modality, column=request.column)
+                request.check(**{LISTING: source.content})
+            except InputError:
+                print(
+                    f"warning: {request.source} has changed since {request.out} was begun; the run trains on the "
+                    f"samples in {samples}, and to train on the new ones, choose another --out",
+                    file=sys.stderr,
+                )
 
 
 def make_plan(request: Request, fetched: Path) -> Plan:
@@ -213,7 +213,7 @@ def convert_samples(request: Request, plan: Plan) -> None:
     config, source, modality = plan.config, plan.source, plan.source.modality
     samples = request.out / modality.unit
     splits = {split: conversion_options(modality, config, split == "test") for split in ("test", "train")}
-    made_from = {modality.unit: len(source), "list of files": source.content, "conversion": splits}
+    made_from = {modality.unit: len(source), LISTING: source.content, "conversion": splits}
     about = request.check(**made_from)
     write_atomically(request.out / REQUEST, json.dumps(about))
     write_settings(request, config)
