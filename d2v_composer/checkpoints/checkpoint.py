@@ -1,9 +1,4 @@
-"""Read and download a run's checkpoints, and order them by their names.
-
-Checkpoints are the files named ``epEPOCH-baBATCH-rank0.pt``; other files are ignored. Composer's own autoresume is not
-used: it runs any code in the file that ``latest-rank0.pt`` points at, and cannot tell a store that denies access from a
-store without checkpoints.
-"""
+"""Read and download a run's checkpoints, and order them by their names, ``epEPOCH-baBATCH-rank0.pt``."""
 
 import datetime
 import logging
@@ -60,24 +55,24 @@ log = logging.getLogger(__name__)
 
 
 class CorruptCheckpointError(InputError):
-    """A checkpoint is truncated or corrupt; a resume then uses the checkpoint before it."""
+    """A checkpoint is truncated or corrupt."""
 
 
 class Checkpoint(NamedTuple):
-    """The contents of a checkpoint, and its path."""
+    """A checkpoint's path and contents."""
 
     path: Path
     contents: Record
-    """The dict that Composer saves, with the key ``state``; a file from elsewhere may hold anything."""
+    """The dict that Composer saves; the file of another program may contain any dict with the key ``state``."""
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The model's state dict: name → tensor."""
+        """The model's state dict."""
         return self.contents["state"]["model"]
 
     @property
     def algorithms(self) -> list[str]:
-        """The class names of the run's algorithms."""
+        """Class names of the Composer algorithms that the run applied."""
         return [name for name, _ in self.contents["state"]["algorithms"]]
 
     def trained(self, unit: str) -> int:
@@ -85,21 +80,22 @@ class Checkpoint(NamedTuple):
         return int(self.contents["state"]["timestamp"]["Timestamp"][unit])
 
     def saved_by(self, callback: str) -> Record:
-        """Return a callback's saved state, given the name of its class; {} if the run had no such callback."""
+        """Return the state that a callback saved, given its class name; {} if the run had no such callback."""
         return self.contents["state"]["callbacks"].get(callback, {})
 
     @property
     def record(self) -> Record:
-        """The run's record, as in its ``run.yaml``."""
+        """The run's record, saved by the callback ``RunRecord``."""
         return self.saved_by("RunRecord")["record"]
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a run's checkpoint, without running code in it, and verify its checksums and contents.
+    """Read and verify a run's checkpoint, without running code in the file.
 
     Raises:
         CorruptCheckpointError: The file is truncated or corrupt.
-        InputError: The file cannot be read, no run of this package wrote it, or a weight is not finite.
+        InputError: The file cannot be read, does not have the form of a run's checkpoint, or has a weight that is not
+            finite.
     """
     check_archive(path, CorruptCheckpointError)
     foreign = f"{path} is not a checkpoint of a d2v_composer run"
@@ -120,10 +116,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def read_newest(path: Path, read: Callable[[Path], ReadT]) -> ReadT:
-    """Read a file or, given the link ``latest-rank0.pt``, its target; retry if the run replaces the target meanwhile.
+    """Return ``read`` of a file's resolved path; call ``read`` again if a run replaces the file meanwhile.
 
     Raises:
-        InputError, OSError: ``read`` raised this error for a file that was not replaced, or in the last attempt.
+        InputError, OSError: ``read`` raised this error in the last attempt.
     """
     for attempt in range(READ_ATTEMPTS):
         with reading(path):
@@ -138,10 +134,10 @@ def read_newest(path: Path, read: Callable[[Path], ReadT]) -> ReadT:
 
 
 def fetch_model(path: str | Path) -> Path:
-    """Return the local path of a model's file, like :func:`fetch`.
+    """Return the local path of a model's file; a remote file is downloaded to the cache.
 
     Raises:
-        InputError: The file cannot be fetched; or ``path`` is a run's folder (the message names its newest checkpoint).
+        InputError: The file cannot be fetched, or ``path`` is a run's folder.
     """
     with reading(path):
         if not is_remote(path) and (newest := Path(path) / LATEST).exists():
@@ -150,13 +146,14 @@ def fetch_model(path: str | Path) -> Path:
 
 
 def newest_first(names: Iterable[str], pointed_at: str | None = None) -> list[str]:
-    """Return the names of checkpoints among file names: the pointer's target first, the oldest last.
+    """Return the names of checkpoints among file names, the newest first.
 
     Args:
-        names: File names; those of other files are left out.
-        pointed_at: Name of the checkpoint that the pointer names. Later checkpoints are left out, because the run was
-            restarted before them. ``None``, or a name of another kind: no checkpoint is left out.
+        names: Names of any files.
+        pointed_at: Name of the file that the run's pointer names. If the file is a checkpoint, newer checkpoints are
+            left out.
     """
+    # The run was restarted before the checkpoints that are newer than the pointer's target.
     checkpoints = sorted(filter(CHECKPOINT_NAME.fullmatch, names), key=_age, reverse=True)
     if pointed_at is None or not CHECKPOINT_NAME.fullmatch(pointed_at):
         return checkpoints
@@ -164,15 +161,15 @@ def newest_first(names: Iterable[str], pointed_at: str | None = None) -> list[st
 
 
 def _age(name: str) -> tuple[int, ...]:
-    """Return the batch and epoch numbers in a checkpoint's name."""
+    """Return the batch, then the epoch, in a checkpoint's name."""
     return tuple(int(number) for number in reversed(re.findall(r"\d+", name)[:2]))
 
 
 def stored_checkpoints(address: str) -> list[str]:
-    """Return the names of a store's checkpoints in the order of :func:`newest_first`; none if it has no pointer.
+    """Return the names of a run's checkpoints in a store, the newest first; [] if the store has no pointer file.
 
     Raises:
-        InputError: The store cannot be listed, or has no pointer but files that are not of a run.
+        InputError: The store cannot be listed, or another program wrote the files at ``address``.
     """
     try:
         names = retry(lambda: list_names(address), address, RETRY_SECONDS)
@@ -189,15 +186,14 @@ def stored_checkpoints(address: str) -> list[str]:
 
 
 def download_checkpoint(address: str, path: Path) -> None:
-    """Download a checkpoint, and replace the file ``path``, because the address may have a newer checkpoint.
+    """Download a checkpoint to ``path``, which may exist.
 
     Args:
-        address: An https:// or object store address. In a store, ``latest-rank0.pt`` stands for the pointer file
-            ``latest-rank0.pt.symlink``, which contains the name of the newest checkpoint.
-        path: The local file to write.
+        address: Address of the checkpoint, or of ``latest-rank0.pt`` in a store for the newest checkpoint.
+        path: Local path of the file to write.
 
     Raises:
-        InputError: The checkpoint does not exist, or cannot be read.
+        InputError: The checkpoint does not exist or cannot be read.
     """
     if download(address, path):
         return
@@ -207,21 +203,21 @@ def download_checkpoint(address: str, path: Path) -> None:
 
 
 def _read_pointer(address: str) -> str | None:
-    """Return the name of the checkpoint in the pointer file at ``address``; ``None`` if there is no such file."""
+    """Return the name of the checkpoint that a pointer file names; ``None`` if the file does not exist."""
     with TemporaryDirectory() as folder:
         pointer = Path(folder) / STORED_POINTER
         return Path(pointer.read_text().strip()).name if download(address, pointer) else None
 
 
 def download(address: str, path: Path) -> bool:
-    """Download a run's file, with retries while the store is unreachable; return False if the file does not exist.
+    """Download a run's file; return False if the file does not exist.
 
     Raises:
-        InputError: The file cannot be read, for instance because the store denies access.
+        InputError: The file cannot be read.
     """
     try:
         return download_existing(address, path)
     except Exception as error:
         raise InputError(
-            f"{address} cannot be read ({reason(error)}); a run in a store needs permission to read and to list objects"
+            f"{address} cannot be read ({reason(error)}); an object store must permit reading and listing"
         ) from error

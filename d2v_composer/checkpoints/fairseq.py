@@ -1,4 +1,4 @@
-"""Read fairseq checkpoints of data2vec 2.0 and EAT; load them as teachers, and convert them."""
+"""Load data2vec 2.0 and EAT teachers, and convert their fairseq checkpoints to safetensors files."""
 
 import datetime
 from pathlib import Path
@@ -28,41 +28,44 @@ PREFIXES: dict[str, type[Any]] = {
     "modality_encoders.IMAGE.": ImageEncoderConfig,
     "modality_encoders.AUDIO.": AudioEncoderConfig,
 }
-LICENSE_NOTE = "as the source's license; Meta released its data2vec 2.0 checkpoints under"
+LICENSE_NOTE = "not stated in the file; Meta released its data2vec 2.0 checkpoints under"
 LICENSES = {
     ImageEncoderConfig: f"{LICENSE_NOTE} CC BY-NC 4.0",
     AudioEncoderConfig: f"{LICENSE_NOTE} MIT for audio",
-    EatEncoderConfig: "as the source's license; EAT's code is under MIT, and no license is stated for its weights",
+    EatEncoderConfig: "not stated in the file; EAT's code is under MIT, and no license is stated for its weights",
 }
 # data2vec's default number of blocks, and of blocks in the target.
 DEPTH = TOP_K = 8
 
 
 def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> tuple[Data2Vec2, list[str]]:
-    """Read and check a fairseq checkpoint, without running its code.
+    """Build a teacher from a fairseq checkpoint, without running code in the file.
 
     Args:
         path: The checkpoint's path or address, for messages and for the teacher's provenance.
         file: The local file.
-        weights: ``model``, or ``ema`` for the moving average.
+        weights: ``model``, or ``ema`` for the exponential moving average.
 
     Returns:
-        The teacher, and the file's names of the tensors that the teacher does not use.
+        The teacher, and the names of the file's tensors that the teacher does not use.
 
     Raises:
-        InputError: The file is corrupt, of another format, modality or kind, or lacks a tensor or the EMA weights.
+        InputError: The file is corrupt, is not a supported pre-trained checkpoint, or lacks a tensor or the EMA
+            weights.
     """
     checkpoint = load_untrusted(file)
     stored, sizes = _section(checkpoint, "model"), _section(_section(checkpoint, "cfg"), "model")
     if is_checkpoint(checkpoint):
-        raise InputError(f"{path} is a training checkpoint, not a teacher; the run.yaml beside it names its teacher")
+        raise InputError(
+            f"{path} is a training checkpoint, not a teacher; run.yaml in the run's folder names the teacher"
+        )
     if stored is None or sizes is None:
         raise InputError(f"{path}: not a fairseq data2vec 2.0 checkpoint: it lacks the dict 'model' or cfg['model']")
     prefix = next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in stored)), None)
     if prefix is None:
         raise InputError(
-            f"{path}: not a pre-trained data2vec 2.0 or EAT checkpoint, or fine-tuned since: it has no tensors named "
-            f"{' or '.join(f'{start}*' for start in PREFIXES)}"
+            f"{path}: not a pre-trained data2vec 2.0 or EAT checkpoint: it has no tensors named "
+            f"{' or '.join(f'{start}*' for start in PREFIXES)}; fine-tuned checkpoints are not supported"
         )
     kind = PREFIXES[prefix]
     if weights == "ema":
@@ -95,10 +98,7 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> t
 
 
 def _section(container: object, name: str) -> Record | None:
-    """Return the dict under ``name`` in a dict or a :class:`Stub`, with string keys only.
-
-    ``None`` if ``name`` is missing, or its value is not a dict.
-    """
+    """Return the dict under ``name``, with string keys only; ``None`` if there is no dict under this name."""
     # dict's own methods: a pickle may set attributes of an OrderedDict, such as `items`.
     section = dict.get(container, name) if isinstance(container, dict) else None
     section = dict.get(section, "_content", section) if isinstance(section, Stub) else section  # OmegaConf's
@@ -108,7 +108,7 @@ def _section(container: object, name: str) -> Record | None:
 
 
 def _fields(section: Record) -> Record:
-    """Return the fields that a section sets, except interpolated ones, ``${…}``, which equal our defaults."""
+    """Return the fields that a section sets, except those set to an interpolation, ``${…}``."""
     values = {name: value.get("_val") if isinstance(value, Stub) else value for name, value in section.items()}
     # Not str(value): a list may hold another one twice, 60 times over.
     return {
@@ -119,23 +119,21 @@ def _fields(section: Record) -> Record:
 
 
 def _read_config(kind: type[Any], model: Record, section: Record) -> TeacherConfig:
-    """Read a teacher's sizes, with data2vec's defaults for missing fields, but without the shape of ALiBi's scale.
+    """Read a teacher's sizes from a fairseq config, with data2vec's defaults for missing fields.
 
     Args:
         kind: Class of the encoder's config.
         model: Fields of the file's ``cfg["model"]``.
-        section: Fields of the modality's encoder.
+        section: Fields of the encoder's section in ``cfg["model"]["modalities"]``.
 
     Raises:
-        ValueError: The sizes are not those of a supported teacher.
+        ValueError: The teacher is not supported.
     """
     if model.get("layer_norm_first"):
-        raise ValueError("pre-norm models (layer_norm_first: true) are not supported; released models are post-norm")
+        raise ValueError("pre-norm models (layer_norm_first: true) are not supported")
     alibi_kind = section.get("alibi_dims", 2), section.get("alibi_distance", "manhattan"), section.get("learned_alibi")
     if section.get("use_alibi_encoder") and (alibi_kind[:2] != (2, "manhattan") or alibi_kind[2]):
-        raise ValueError(
-            "ALiBi is supported only as the released models use it: alibi_dims 2, alibi_distance manhattan, not learned"
-        )
+        raise ValueError("ALiBi is supported only with alibi_dims 2, alibi_distance manhattan and learned_alibi false")
     # The section has what only the modality's encoder has, the model all else.
     values = section | model | {"num_alibi_heads": 0}
     if "input_size" in section:
@@ -156,7 +154,7 @@ def load_data2vec2(path: str | Path, weights: Weights) -> Data2Vec2:
     """Load a frozen data2vec 2.0 or EAT teacher; see :func:`~d2v_composer.checkpoints.load.load_teacher`.
 
     Raises:
-        InputError: The file does not exist, is not a supported teacher, or lacks these weights.
+        InputError: The file does not exist, is not a supported teacher, or does not have the chosen weights.
     """
     file = fetch_model(path)
     if not is_safetensors(file):
@@ -191,16 +189,16 @@ def convert_teacher(
     Args:
         source: Path or address of the checkpoint.
         out: The file to write.
-        weights: The weights to keep: ``model``, or ``ema`` for the moving average.
-        dtype: Stored dtype; a loaded teacher is float32 in any case.
-        license: A note on the weights' license for the metadata; default: a note on the license of released weights.
-        embedding: Name of the raw embedding that is the teacher's embedding, such as ``output_cls``; default: the usual
-            one of its kind. The name is written to the metadata.
+        weights: The weights to keep: ``model``, or ``ema`` for the exponential moving average.
+        dtype: Dtype of the stored tensors.
+        license: Text on the weights' license for the metadata; default: the text in ``LICENSES``.
+        embedding: Name of the raw embedding to use as the teacher's embedding, such as ``output_cls``; default: the
+            last block's output with the encoder's default pooling.
         spectrogram: For EAT: ``target_length`` in frames, by default the file's; ``log_mel_mean`` and ``log_mel_std``,
             by default AudioSet's.
 
     Returns:
-        The teacher, and the checkpoint's names of the tensors that the teacher does not use.
+        The teacher, and the names of the checkpoint's tensors that the teacher does not use.
 
     Raises:
         InputError: The checkpoint does not exist, is not a supported teacher, or does not fit an argument.

@@ -51,20 +51,16 @@ def load_teacher(
     """Load a frozen teacher, in eval mode and float32.
 
     Args:
-        path: A local path, https://, or an object store's address (cached until it changes). data2vec 2.0: a .pt of
-            fairseq or a file of ``convert_teacher``, which says whether the teacher takes images or audio. timm: a
-            .safetensors or PyTorch file; ``None``: timm's pretrained weights, from the Hugging Face hub or its cache.
-        weights: For data2vec 2.0: ``model``, or ``ema`` for the moving average. A converted file holds one of the two.
+        path: Local path, https:// or object store address of the teacher's file. data2vec 2.0: fairseq's .pt, or a file
+            of ``convert_teacher``. timm: a .safetensors or PyTorch file, or ``None`` for timm's pretrained weights from
+            the Hugging Face hub or its cache. ``ext/NAME``: what the package takes.
+        weights: ``model``, or ``ema`` for the exponential moving average of a data2vec 2.0 model.
         model: ``data2vec2``; ``timm/NAME``, with a NAME that ``timm.create_model`` takes; or ``ext/NAME``, a teacher
             that an installed package offers.
         first_blocks: Number of blocks in the shared encoder; default: for timm, a sixth of the model's blocks; for
             data2vec 2.0, the blocks of the modality encoder.
-        image_size: For timm: pixels per side, or height and width: (112, 168) or '112x168'; default: timm's size for
-            this model.
-
-    Returns:
-        A :class:`~d2v_composer.models.teacher.Teacher`, whose ``config`` has the sizes and whose ``provenance`` says
-        where it is from. Its ``blocks`` are those after the shared encoder; the teacher of ``ext/NAME`` may have none.
+        image_size: For timm: pixels per side, or height and width as (112, 168) or '112x168'; default: timm's size for
+            the model.
 
     Raises:
         InputError: The file does not exist, is not a supported teacher, or does not fit an argument.
@@ -100,26 +96,26 @@ def load_teacher(
 
 
 def load_same_teacher(source: str, record: Record, **options: Json) -> Teacher:
-    """Load a student's teacher, and check that it is the teacher that the student's record names.
+    """Load a teacher, and check that the student with this record was distilled from the same teacher.
 
     Args:
-        source: ``path`` of :func:`load_teacher`; or ``timm/NAME``, for timm's pretrained weights.
+        source: ``path`` of :func:`load_teacher`, or ``timm/NAME`` for timm's pretrained weights.
         record: The record of the run that distilled the student.
         **options: Further arguments of :func:`load_teacher`.
 
     Raises:
-        InputError: The teacher cannot be loaded, or is another teacher. A converted file counts as the original.
+        InputError: The teacher cannot be loaded, or is not the student's.
     """
     teacher = load_teacher(None if source == options.get("model") else source, **options)
     if not is_teacher_of(record, teacher.provenance):
         found, expected = teacher.provenance["sha256"], value_at(record, "teacher.sha256")
-        fault = "its outputs differ" if found == expected else f"sha256 {found}, expected {expected}"
+        fault = "its outputs differ" if found == expected else f"expected sha256 {expected}, got {found}"
         raise InputError(f"{source}: not this student's teacher: {fault}")
     return teacher
 
 
 def load_external(path: str | Path | None, model: str) -> Teacher:
-    """Load the teacher ``ext/NAME`` that an installed package offers; the package receives ``path``.
+    """Load the teacher ``ext/NAME`` from an installed package, which receives ``path``.
 
     Raises:
         InputError: No package offers this teacher, or several do; or the package fails, or returns no teacher.
@@ -139,10 +135,9 @@ def load_external(path: str | Path | None, model: str) -> Teacher:
 
 
 def save_student(student: Backbone, out: Path, when_complete: Callable[[], object] = lambda: None) -> None:
-    """Write a student with all that :func:`load_student` needs: encoder, blocks, sizes, preprocessing, provenance.
+    """Write a student's file, which :func:`load_student` and timm can load.
 
-    A student with a head is written as a classifier that timm can load. The tensors of a student that is a timm model
-    get timm's names. ``when_complete`` is called just before the file appears.
+    ``when_complete`` is called just before the file appears.
 
     Raises:
         InputError: timm would compute other outputs with the file.
@@ -154,24 +149,21 @@ def save_student(student: Backbone, out: Path, when_complete: Callable[[], objec
 
 
 def load_student(path: str | Path) -> Backbone:
-    """Load an exported student, with its classifier if it was fine-tuned; no teacher, checkpoint or YAML is needed.
+    """Load an exported student in eval mode and float32, with its classifier if it was fine-tuned.
 
     Args:
-        path: A file of ``d2v export``: a local path, https://, or an object store's address (cached until it changes).
+        path: Local path, https:// or object store address of a file of ``d2v export``.
 
     Returns:
-        A :class:`~d2v_composer.models.student.Student`, the frozen encoder and the trained blocks, or a
-        :class:`~d2v_composer.models.timm_network.TimmStudent`; in eval mode and float32.
-        :meth:`~d2v_composer.models.backbone.Backbone.embed` embeds a batch; ``provenance`` is the record of the run. On
-        a GPU, torch rounds the inputs of convolutions to TF32's 10 bits unless you set
-        ``torch.backends.cudnn.allow_tf32`` to false.
+        A :class:`~d2v_composer.models.timm_network.TimmStudent` if the student is a whole timm model, else a
+        :class:`~d2v_composer.models.student.Student`. ``provenance`` is the record of the run.
 
     Raises:
         InputError: The file does not exist or does not hold a student, or the installed timm computes other outputs.
 
     Example:
         >>> student = load_student("student.safetensors")
-        >>> embeddings = student.embed(images)  # (B, 3, height, width) uint8 → (B, P), as the teacher's
+        >>> embeddings = student.embed(images)  # (B, 3, height, width) uint8 → (B, P)
         >>> teacher = student.provenance["teacher"]["source"]
     """
     file = fetch_model(path)
@@ -200,10 +192,10 @@ def load_models(path: str, weights: Weights = "model", teacher: str | None = Non
             for another student, no teacher is loaded.
 
     Returns:
-        A student and its teacher, or ``None`` in place of an unknown teacher; for a teacher's file, the teacher twice.
+        The student, and its teacher or ``None``; for a teacher's file, the teacher twice.
 
     Raises:
-        InputError: The file is missing, corrupt or not supported, or the teacher cannot be loaded or is another.
+        InputError: The file is missing, corrupt or not supported, or the student's teacher cannot be loaded.
     """
 
     def load(file: Path) -> Models:
@@ -225,7 +217,7 @@ def load_models(path: str, weights: Weights = "model", teacher: str | None = Non
 
 
 def _with_teacher(student: Backbone, path: str | None) -> Models:
-    """Return an exported or fine-tuned student with its teacher, loaded from ``path``; ``None`` loads no teacher."""
+    """Return a student, and the teacher from ``path``; ``None`` in place of the teacher if ``path`` is ``None``."""
     if path is None:
         return student, None
     record = distillation_of(student.provenance)
@@ -239,10 +231,7 @@ def _with_teacher(student: Backbone, path: str | None) -> Models:
 
 
 def _as_estimated(teacher: Teacher | None, student: Backbone) -> Teacher | None:
-    """Choose a teacher's embedding, and return the teacher.
-
-    It is the embedding that the student's alignment estimates or, without an alignment, the one that the run chose.
-    """
+    """Make the teacher's embedding the one that the student estimates or, if it estimates none, the run's choice."""
     if teacher is not None and student.embedding.made_by == "raw":  # may have another name, such as a timm student's
         chosen: Any = value_at(distillation_of(student.provenance), "config.alignment") or {}
         teacher.use_embedding(chosen.get("pooling"), chosen.get("representation"))
@@ -252,7 +241,7 @@ def _as_estimated(teacher: Teacher | None, student: Backbone) -> Teacher | None:
 
 
 def _load_checkpoint(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
-    """Load the models in a checkpoint of a distillation, fine-tuning or detection run."""
+    """Load the student and the teacher from a checkpoint of a distillation, fine-tuning or detection run."""
     try:
         if "model" in checkpoint.record:
             return _with_teacher(_load_finetuned(checkpoint), teacher_path)
@@ -266,7 +255,7 @@ def _load_checkpoint(checkpoint: Checkpoint, teacher_path: str | None) -> Models
 
 
 def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
-    """Load a distillation run's student, with the run's record and results as provenance, and the teacher."""
+    """Load a distilled student, whose provenance is the run's record and results, and the teacher."""
     path, aligned = checkpoint.path, checkpoint.saved_by("AlignStudent")
     record = checkpoint.record | _results_of(checkpoint)
     sizes = read_sizes(path, record["student"]["sizes"])
@@ -297,11 +286,7 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
 
 
 def _results_of(checkpoint: Checkpoint) -> Record:
-    """Return the section ``results`` for a run's record.
-
-    It has the last accuracies, by data set and row of the table, and the weights and the embedding of each row's
-    queries; it is empty if the run measured nothing.
-    """
+    """Return the section ``results`` for a run's record; {} if the run measured nothing."""
     saved = checkpoint.saved_by("ZeroShotRetrieval")
     if not saved.get("history"):
         return {}
@@ -317,11 +302,10 @@ def _load_teacher_of(record: Record, path: Path, teacher_path: str | None) -> Te
     """Load a distillation run's teacher, from ``teacher_path`` or, by default, from where the run loaded it.
 
     Returns:
-        The teacher; ``None``, with a warning, if no ``teacher_path`` is given, the teacher is not where the run loaded
-        it, and the student has its own encoder.
+        The teacher; ``None``, after a warning, if the default fails and the student has its own encoder.
 
     Raises:
-        InputError: The teacher at ``teacher_path``, or one whose encoder the student shares, cannot be loaded.
+        InputError: The teacher at ``teacher_path``, or a teacher whose encoder the student shares, cannot be loaded.
     """
     options = dict(record["config"]["teacher"])
     trained_with, model = options.pop("checkpoint"), options["model"]
@@ -339,13 +323,13 @@ def _load_teacher_of(record: Record, path: Path, teacher_path: str | None) -> Te
 
 
 def own_parts(student: Backbone) -> nn.ModuleDict:
-    """Return the parts of a student that are not shared with its teacher, to load a state dict into."""
+    """Return the parts of a student that are not frozen, whose tensors a run's checkpoint has."""
     parts = {name: part for name, part in student.named_children() if not getattr(part, "is_frozen", False)}
     return nn.ModuleDict(parts)
 
 
 def _load_finetuned(checkpoint: Checkpoint) -> Backbone:
-    """Load the student of a fine-tuning run, with its classifier, or of a detection run; set its provenance."""
+    """Load the student of a fine-tuning run, with its classifier, or of a detection run."""
     path, record = checkpoint.path, checkpoint.record
     if record["model"]["kind"] != "student":
         raise InputError(f"{path} is a fine-tuned teacher, which can be neither exported nor used to embed")

@@ -1,8 +1,4 @@
-"""Read and write this package's model files: safetensors with a model's kind, sizes and provenance.
-
-A student is blocks on an encoder, or a whole timm model. timm reads only tensors, so a file of blocks also has its
-sizes in a tensor, ``config_json``; in a file of a timm model, the tensors have timm's own names.
-"""
+"""Read and write this package's model files: safetensors with a model's kind, sizes and provenance."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -38,7 +34,7 @@ from d2v_composer.system.errors import InputError, reading, reason
 from d2v_composer.system.files import out_file
 
 FORMAT_VERSIONS: dict[str, int] = {"teacher": 2, "student": 5, "classifier": 4}
-"""Kind of file → its format version, the only one that this package writes and reads."""
+"""Kind of file → the format version that this package writes and reads."""
 # Characters of sizes or provenance. Ours have some thousands; parsed, they take 25 times as many bytes.
 MAX_JSON = 4 << 20
 CONFIG_TENSOR = "config_json"
@@ -46,15 +42,15 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DRAWS = (nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_)
 
 Tensors = Mapping[str, Tensor]
-"""Name → tensor, as in a state dict."""
+"""Name → tensor."""
 ModelName = str | Path
-"""A model's file, or another name of the model, for messages."""
+"""A name of a model for messages, such as the path of its file."""
 ConfigT = TypeVar("ConfigT", bound=Config)
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class ModelFile(NamedTuple):
-    """Contents of a safetensors file. For a file that another program wrote, all fields but ``tensors`` are empty."""
+    """Contents of a safetensors file; all fields but ``tensors`` are empty if another program wrote the file."""
 
     kind: str
     config: Record
@@ -62,10 +58,10 @@ class ModelFile(NamedTuple):
     tensors: Tensors
 
     def expect(self, path: str | Path, kind: str) -> None:
-        """Check that the file holds a model of this kind: teacher, student or classifier.
+        """Check that the file holds a model of a kind in ``FORMAT_VERSIONS``.
 
         Raises:
-            InputError: The file holds something else.
+            InputError: The file does not hold a model of this kind.
         """
         if self.kind != kind:
             description = f"a {self.kind} file" if self.kind in FORMAT_VERSIONS else "not a d2v_composer file"
@@ -80,7 +76,7 @@ def write_model_file(
     tensors: Tensors,
     when_complete: Callable[[], object] = lambda: None,
 ) -> None:
-    """Write a complete file, or leave ``path`` as it was; ``when_complete`` is called just before the file appears.
+    """Write a model's file, and call ``when_complete`` just before the file appears.
 
     Raises:
         RunError: The disk is full or fails.
@@ -103,7 +99,7 @@ def read_model_file(path: Path) -> ModelFile:
     """Read any safetensors file.
 
     Raises:
-        InputError: The file is truncated or corrupt, or of this package but in another format version.
+        InputError: The file is truncated or corrupt, or this package wrote it in another format version.
     """
     with reading(path):
         with safe_open(path, framework="pt") as file:
@@ -118,10 +114,10 @@ def read_model_file(path: Path) -> ModelFile:
 
 
 def parse_object(text: str | bytes) -> Record:
-    """Parse a JSON object from any source, within limits of time and memory.
+    """Parse a JSON object of at most ``MAX_JSON`` characters or bytes.
 
     Raises:
-        ValueError: The text is too long, or not a JSON object.
+        ValueError, AttributeError: The text is longer, or is not a JSON object.
     """
     if len(text) > MAX_JSON:
         raise ValueError(f"its metadata has {len(text)} characters; the limit is {MAX_JSON}")
@@ -129,13 +125,13 @@ def parse_object(text: str | bytes) -> Record:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Return True if a file starts like a safetensors file: the length of a JSON header, then the header."""
+    """Return True if a file starts like a safetensors file."""
     with reading(path), path.open("rb") as file:
         return file.read(9)[8:] == b"{"
 
 
 def build_loaded(source: ModelName, build: Callable[[], ModuleT], tensors: Tensors) -> ModuleT:
-    """Build a model from a file's tensors.
+    """Build a model, and load tensors into it.
 
     Raises:
         InputError: The tensors do not fit the model; see :func:`check_fits`.
@@ -146,8 +142,9 @@ def build_loaded(source: ModelName, build: Callable[[], ModuleT], tensors: Tenso
     return model
 
 
+# To fill some weights on the meta device, torch would import its compiler and sympy for seconds.
 class _Unset(TorchFunctionMode):
-    """Leave weights unset: torch, to fill some on the meta device, would import its compiler and sympy for seconds."""
+    """Leave the weights of new modules unset."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -157,10 +154,11 @@ class _Unset(TorchFunctionMode):
 
 
 def check_fits(source: ModelName, build: Callable[[], nn.Module], tensors: Tensors) -> None:
-    """Check that a file has exactly the tensors of a model, before memory is allocated for the model.
+    """Check that ``tensors`` are exactly those of a model, without allocating memory for the model.
 
     Raises:
-        InputError: A size is invalid; or a tensor is missing, unknown, misshapen, or does not hold finite numbers.
+        InputError: The model cannot be built; or a tensor is missing, unknown, misshapen, or does not hold finite
+            numbers.
     """
     with reading(source), torch.device("meta"), _Unset():
         model = build()
@@ -174,10 +172,10 @@ def check_fits(source: ModelName, build: Callable[[], nn.Module], tensors: Tenso
 
 
 def check_numbers(tensors: Tensors) -> None:
-    """Check that tensors hold finite floating-point numbers; load_state_dict silently converts other dtypes.
+    """Check that tensors hold finite floating-point numbers.
 
     Raises:
-        ValueError: A tensor has another dtype, another layout, a number that is not finite, or too few numbers.
+        ValueError: A tensor has another dtype or layout, a number that is not finite, or too few numbers for its shape.
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS or tensor.layout != torch.strided or tensor.is_meta:
@@ -188,7 +186,7 @@ def check_numbers(tensors: Tensors) -> None:
 
 
 def loading_fault(error: Exception) -> str:
-    """Return an error as one line; for an error of load_state_dict, the line with the first mismatch."""
+    """Return the text of an error as one line; for an error of load_state_dict, the line with the first mismatch."""
     return (str(error).splitlines()[1:] or [reason(error)])[0].strip()[:300]
 
 
@@ -196,7 +194,7 @@ def read_config(config_class: type[ConfigT], sizes: Record) -> ConfigT:
     """Validate the sizes in a file, and return them as a config.
 
     Raises:
-        ValueError: A field is missing, so that it would get its default; or a value is wrong.
+        ValueError: A field is missing, or a value is wrong.
     """
     config = config_class(**sizes)
     if config.model_dump(mode="json") != sizes:
@@ -205,7 +203,7 @@ def read_config(config_class: type[ConfigT], sizes: Record) -> ConfigT:
 
 
 def sizes_of(student: Backbone) -> Record:
-    """Return the sizes of a student and its encoder, and the description of its embedding, for JSON."""
+    """Return a student's sizes and the description of its embedding as JSON values."""
     config, info = student.encoder.config, student.embedding
     space = "" if student.alignment is None else info.space
     embedding = EmbeddingConfig(raw=student.raw_embedding, of=info.of, made_by=info.made_by, space=space)
@@ -215,7 +213,7 @@ def sizes_of(student: Backbone) -> Record:
 
 
 def read_sizes(source: ModelName, stored: Record) -> NetworkSizes | StudentSizes:
-    """Read what :func:`sizes_of` returned.
+    """Read the sizes that :func:`sizes_of` returned.
 
     Raises:
         InputError: ``stored`` does not have the sizes of a student.
@@ -242,11 +240,11 @@ def new_student(
     provenance: Record | None = None,
     encoder: Encoder | None = None,
 ) -> Backbone:
-    """Build a student to load ``tensors`` into, with an alignment if they include one.
+    """Build a student into which ``tensors`` can be loaded.
 
     Args:
         sizes, tensors, provenance: See :func:`build_student`.
-        encoder: The teacher's encoder, to share; default: a new one.
+        encoder: The teacher's encoder, if the student is to share it; default: a new encoder.
 
     Raises:
         ValueError: ``sizes`` name a raw embedding that the student lacks, or disagree with ``tensors`` on an alignment.
@@ -270,10 +268,10 @@ def new_student(
 
 
 def from_timm(source: ModelName, sizes: NetworkSizes, tensors: Tensors, is_classifier: bool) -> Tensors:
-    """Give the tensors of an exported timm student our names; timm's classifier becomes the alignment or the head.
+    """Return the tensors of an exported timm student under this package's names.
 
     Raises:
-        InputError: The tensors are not those of this model.
+        InputError: The tensors do not fit the model.
     """
     from d2v_composer.models.timm_network import classifier_prefixes, create_network  # timm takes seconds to import
 
@@ -292,7 +290,7 @@ def from_timm(source: ModelName, sizes: NetworkSizes, tensors: Tensors, is_class
 
 
 def check_timm_outputs(source: ModelName, student: Backbone) -> None:
-    """Check that a student with a timm encoder computes what it did at export, because another timm may be installed.
+    """Check that the installed timm computes what a student with a timm encoder computed at its export.
 
     Raises:
         InputError: The installed timm computes other outputs.
@@ -308,7 +306,7 @@ def check_timm_outputs(source: ModelName, student: Backbone) -> None:
 
 
 def build_encoder(config: EncoderConfig) -> Encoder:
-    """Build a frozen encoder of any kind, to load a state dict into."""
+    """Build a frozen encoder, into which a state dict can be loaded."""
     if type(config) in ENCODERS:
         return ENCODERS[type(config)](config).freeze()
     assert isinstance(config, TimmEncoderConfig)
@@ -319,5 +317,5 @@ def build_encoder(config: EncoderConfig) -> Encoder:
 
 
 def config_tensor(sizes: Record) -> Tensor:
-    """Return a student's sizes as the N bytes of their JSON, (N,) uint8."""
+    """Return a student's sizes as the bytes of their JSON, (N,) uint8."""
     return torch.tensor(list(json.dumps(sizes).encode()), dtype=torch.uint8)

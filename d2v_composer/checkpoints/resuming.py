@@ -1,4 +1,4 @@
-"""Find the checkpoint from which a run goes on, in its folder or its store, and bring it to every node."""
+"""Find the checkpoint from which a run resumes, and bring it to every node."""
 
 import logging
 import os
@@ -30,28 +30,25 @@ from d2v_composer.system.ranks import node_leaders_first, rank_zero_first
 log = logging.getLogger(__name__)
 
 
+# Not Composer's autoresume, which runs any code in the file that latest-rank0.pt points at, and takes a store that
+# denies access for a store without checkpoints.
 def find_newest(
     folder: RunFolder, accept: Callable[[Checkpoint], object], *, resumes: bool = True, uploads: bool = False
 ) -> Checkpoint | None:
     """Read a run's newest complete checkpoint, from its local folder or its store; ``None`` if there is none.
 
-    Once a checkpoint is accepted, ``latest-rank0.pt`` points at it. If the checkpoint is from the store, the log and
-    ``best-rank0.pt`` are downloaded, too, because another machine went on with the run.
-
-    Candidates are the targets of the pointers ``latest-rank0.pt``, here and in the store, and the checkpoints before
-    them; without a pointer, all local checkpoints. Truncated and corrupt checkpoints are skipped with a warning.
+    Truncated and corrupt checkpoints are skipped with a warning, and ``latest-rank0.pt`` then points at the returned
+    checkpoint.
 
     Args:
         folder: The run's folder.
-        accept: Function that raises an exception if the run must not resume from a checkpoint; called before any file
-            changes.
-        resumes: If false, checkpoints in the folder are an error.
-        uploads: Upload the chosen local checkpoint, for other nodes, even if the store has a checkpoint of that name,
-            which may differ if another machine wrote it.
+        accept: Function that raises an exception if the run must not resume from a checkpoint.
+        resumes: If false, checkpoints of the run are an error.
+        uploads: Upload the returned checkpoint to the store if the checkpoint was in the local folder.
 
     Raises:
-        InputError: The store cannot be read or holds files that are no run's, none of the checkpoints is complete, this
-            package did not write a checkpoint, or there are checkpoints although ``resumes`` is false.
+        InputError: The store cannot be read or holds only foreign files, no checkpoint is complete, a checkpoint is
+            not one of a run, or there are checkpoints although ``resumes`` is false.
         Exception: ``accept`` raised an exception.
         RunError: The store cannot be written.
     """
@@ -97,7 +94,6 @@ def find_newest(
 
 @contextmanager
 def _skipped_if_corrupt() -> Iterator[None]:
-    """Warn of a corrupt checkpoint, and go on after the ``with`` block."""
     try:
         yield
     except CorruptCheckpointError as error:
@@ -105,13 +101,12 @@ def _skipped_if_corrupt() -> Iterator[None]:
 
 
 def share_newest(folder: RunFolder, resumes: bool, accept: Callable[[Checkpoint], None]) -> Checkpoint | None:
-    """Bring rank 0's newest checkpoint to every node, and read it; ``None`` for a new run.
+    """Bring the newest checkpoint to every node, and read it on every rank; ``None`` for a new run.
 
-    For the arguments and further errors, see :func:`find_newest`.
+    See :func:`find_newest` for the arguments and further errors.
 
     Raises:
-        InputError: A node cannot get the checkpoint, or has a different file of that name, so that it would train
-            other weights.
+        InputError: A node cannot get the checkpoint, or has a different file of that name.
     """
     on_several_nodes = num_nodes() > 1
     newest, shared = None, [("", "")]
@@ -140,11 +135,9 @@ def share_newest(folder: RunFolder, resumes: bool, accept: Callable[[Checkpoint]
 
 
 def drop_unused_scaler(checkpoint: Record, precision: str) -> None:
-    """Remove the loss scaler's state from a checkpoint unless both the run that saved it and this one use amp_fp16.
-
-    Only amp_fp16 scales the loss, with a scaler of its own class. In other precisions, the Trainer's scaler is unused:
-    on a CPU it is disabled and saves an empty state; on a GPU it is enabled and refuses an empty state.
-    """
+    """Remove the loss scaler's state from a checkpoint unless both the run that saved it and this run use amp_fp16."""
+    # Only amp_fp16 scales the loss, with a scaler of its own class. In other precisions, the Trainer's scaler is
+    # unused: on a CPU it is disabled and saves an empty state; on a GPU it is enabled and refuses an empty state.
     state = checkpoint["state"]
     if "scaler" in state and not (precision == "amp_fp16" and state["scaler"].get("GradScaler")):
         del state["scaler"]

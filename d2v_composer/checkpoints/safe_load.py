@@ -1,9 +1,4 @@
-"""Read PyTorch files from any source, without running their code or exhausting time or memory.
-
-torch's ``weights_only`` interpreter calls only functions that it knows to be safe; the classes that fairseq, OmegaConf
-or a training program name are replaced by :class:`Stub`. Before the interpreter starts, :func:`check_archive` checks
-what torch does not: sizes, checksums and the pickle.
-"""
+"""Read PyTorch files of any program, without running code in them or exhausting time or memory."""
 
 import pickletools
 import re
@@ -41,10 +36,10 @@ class Stub(dict[Any, Any]):
 
 
 def load_untrusted(path: Path) -> Any:
-    """Load any program's PyTorch file without running its code; tensors are on the CPU, read from disk when used.
+    """Load any program's PyTorch file without running its code; tensors are on the CPU, mapped from the file.
 
     Raises:
-        InputError: The file cannot be read, or is truncated, corrupt, or not a PyTorch file.
+        InputError: The file cannot be read, is not a PyTorch file, or fails :func:`check_archive`.
     """
     check_archive(path)
     with _reading(path, InputError), warnings.catch_warnings():
@@ -60,11 +55,11 @@ def is_checkpoint(contents: object) -> bool:
 
 
 def check_archive(path: Path, kind: type[InputError] = InputError) -> None:
-    """Check an archive before torch reads it: its sizes, checksums and pickle, which torch does not check.
+    """Check the sizes, checksums and pickle of a PyTorch file, which torch does not check.
 
     Args:
         path: The file.
-        kind: The error to raise for the archive's contents.
+        kind: Class of the error about the file's contents.
 
     Raises:
         InputError: The file cannot be read.
@@ -85,7 +80,7 @@ def check_archive(path: Path, kind: type[InputError] = InputError) -> None:
             if is_odd or sum(entry.file_size for entry in entries) > num_bytes:
                 raise ValueError("its archive has folders, compressed or overlapping files, which torch never writes")
             if len({entry.filename.casefold() for entry in entries}) != len(entries):  # torch may read another one
-                raise ValueError("its archive has several files of the same name")
+                raise ValueError("its archive has several files whose names differ at most in case")
             if (broken := archive.testzip()) is not None:  # torch maps the tensors into memory without a look
                 raise ValueError(f"its member {broken} has a wrong checksum")
             pickled = archive.getinfo(f"{entries[0].filename.partition('/')[0]}/data.pkl")
@@ -101,11 +96,11 @@ def _reading(path: Path, kind: type[InputError]) -> Iterator[None]:
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:
-        raise kind(f"{path}: truncated, or not a PyTorch checkpoint ({fault_of(error)})") from error
+        raise kind(f"{path}: cannot be loaded as a PyTorch file ({fault_of(error)})") from error
 
 
 def fault_of(error: Exception) -> str:
-    """Return an error's first line; for torch's unpickler, only what stopped it, without torch's advice."""
+    """Return an error's cause in one line, without the advice of torch's unpickler."""
     match = re.search(r"GLOBAL \S+|WeightsUnpickler error: (?!.*GLOBAL).*", str(error))
     return match[0] if match else reason(error)
 
@@ -114,7 +109,7 @@ def _check_pickle(pickled: bytes) -> None:
     """Check a pickle's instructions without building any object.
 
     Raises:
-        ValueError: torch would take too long to read the pickle, or would allocate as many bytes as it asks for.
+        ValueError: torch would take too long to read the pickle, or would allocate as much memory as the pickle names.
     """
     # For each object in the pickle: how many tuples it is made of.
     stack, marks, memo = list[int](), list[int](), dict[object, int]()

@@ -1,7 +1,4 @@
-"""Write, name and upload a run's checkpoints, and remove the outdated ones.
-
-The callback :class:`~d2v_composer.callbacks.checkpointing.Checkpoints` decides when to do so.
-"""
+"""Write and upload a run's checkpoints, and remove outdated checkpoints."""
 
 import logging
 import os
@@ -47,7 +44,7 @@ def write_state(state: State, path: Path, publish: Callable[[Path, Path], None])
 
 
 def publish(partial: Path, checkpoint: Path) -> None:
-    """Rename a complete checkpoint, then point ``latest-rank0.pt`` at it; readers find the old or the new file."""
+    """Rename a complete checkpoint, then make ``latest-rank0.pt`` point at it."""
     with suppress(FileNotFoundError):
         flush(checkpoint.with_name(LOG))  # a resumed run logs only what follows
     move(partial, checkpoint)
@@ -71,7 +68,7 @@ def prune(folder: Path, num_to_keep: int) -> None:
 
 
 def prune_store(address: str, pointed_at: str, num_to_keep: int) -> None:
-    """Remove the outdated checkpoints from a run's folder in S3; a failure is only logged. Other stores keep all."""
+    """Remove the outdated checkpoints from a run's folder in a store if the store is S3; a failure is only logged."""
     store, key = open_store(address)
     from composer.utils.object_store import S3ObjectStore
 
@@ -85,9 +82,9 @@ def prune_store(address: str, pointed_at: str, num_to_keep: int) -> None:
 
 
 def outdated(names: Iterable[str], pointed_at: str, num_to_keep: int) -> list[str]:
-    """Return the names of the checkpoints to remove: all that are older than the ``num_to_keep`` newest; -1 keeps all.
+    """Return the names of checkpoints that are older than the ``num_to_keep`` newest; -1 keeps all.
 
-    The pointer's target counts as the newest. Checkpoints after it are neither counted nor removed.
+    Checkpoints newer than ``pointed_at`` are neither counted nor returned.
     """
     return [] if num_to_keep < 0 else newest_first(names, pointed_at)[num_to_keep:]
 
@@ -104,11 +101,10 @@ def upload_checkpoint(path: Path, address: str) -> None:
 
 
 def upload_missing(folder: RunFolder) -> None:
-    """Upload a run's newest checkpoint, and the best, if the store lacks the newest.
-
-    This happens if the run was killed before the upload, or had no store.
+    """Upload a run's newest and best checkpoint, unless the newest in the store has the same name.
 
     Raises:
+        InputError: The store cannot be listed.
         RunError: The store cannot be written.
     """
     newest = Path(os.path.realpath(folder.local / LATEST))
@@ -119,7 +115,7 @@ def upload_missing(folder: RunFolder) -> None:
 
 
 def check_finite(checkpoint: dict[str, Any]) -> None:
-    """Check that the weights and the optimizer's state are finite. Call it on all ranks.
+    """Check that the weights and the optimizer's state are finite; all ranks must call this function.
 
     Raises:
         FloatingPointError: A number is not finite on any rank.
@@ -133,7 +129,7 @@ def check_finite(checkpoint: dict[str, Any]) -> None:
 
 
 def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors in nested containers, each with its name: the keys that lead to it, joined by dots."""
+    """Yield the tensors in nested containers, each with the keys that lead to it, joined by dots."""
     if isinstance(value, Tensor):
         yield name.removeprefix("."), value
     elif isinstance(value, Mapping | list | tuple):

@@ -1,4 +1,4 @@
-"""Load a student's file with timm: the line of Python, a check that timm's outputs are equal, and timm's interface."""
+"""Convert students to timm's models, and give timm's interface to students that are not timm models."""
 
 import copy
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ from d2v_composer.models.provenance import Record
 from d2v_composer.system.errors import InputError, errors_of, reading
 
 NAME = "d2v2_student"
-"""The name by which timm creates a student of blocks."""
+"""timm's name of the model :class:`TimmWrapper`."""
 # timm's names of poolings.
 POOLINGS = {"token": "cls", "avg": "mean_patches"}
 
@@ -40,7 +40,7 @@ def convert_to_timm(source: ModelName, student: Backbone) -> tuple[Record, Tenso
 
     Args:
         source: Name of the student in errors.
-        student: The student; if it has a head, the head reads the embedding.
+        student: The student; the head, if there is one, reads the student's embedding.
 
     Raises:
         InputError: timm computes other outputs.
@@ -73,10 +73,7 @@ def convert_to_timm(source: ModelName, student: Backbone) -> tuple[Record, Tenso
 
 
 def timm_arguments(student: Backbone) -> tuple[str, Record]:
-    """Return the name and the options with which ``timm.create_model`` builds a student, to load its file.
-
-    The option ``num_classes`` is the classifier's number of classes or, without a classifier, the alignment's width.
-    """
+    """Return the name and the options with which ``timm.create_model`` can load a student's file."""
     if isinstance(student.head, nn.Linear):
         classes = {"num_classes": student.head.out_features}
     else:
@@ -98,20 +95,19 @@ def timm_call(student: Backbone, file: str | Path) -> str:
 
 
 class TimmWrapper(nn.Module):
-    """timm's interface to a student of blocks: features, pooling, a classifier to fine-tune.
+    """timm's interface to a :class:`~d2v_composer.models.student.Student`.
 
-    It has no student until it loads a file of ``d2v export``, which has the sizes: timm builds a model first, and
-    loads the file afterwards. The encoder stays frozen; the blocks and the head train.
+    The student is built when a file of ``d2v export`` is loaded. Its encoder stays frozen.
 
     Args:
-        num_classes: Number of the head's outputs. The width of the file's alignment: the head is the alignment, and the
-            output is the embedding. 0: there is no head, and the output is the pooled features. Any other number: the
-            head is the file's classifier or, if the file has none, new and of zeros.
+        num_classes: Number of the head's outputs. If this is the width of the file's alignment, the head is the
+            alignment. If this is 0, the model has no head and returns the pooled features. Otherwise, the head is the
+            file's classifier or, if the file has none, a new head of zeros.
         global_pool: ``token``: the CLS token; ``avg``: the mean of the patches; ``mean``: the mean of all tokens.
-            Default: the poolings that the file's alignment reads, side by side; without an alignment, the pooling of
-            the file's raw embedding.
-        representation: ``output``: the last block's output; ``layer_mean``: the mean of the layers. Default: those that
-            the alignment or the raw embedding reads, side by side.
+            Default: the poolings that the file's alignment reads or, without an alignment, the pooling of the file's
+            raw embedding.
+        representation: ``output``: the last block's output; ``layer_mean``: the mean of the layers. Default: the
+            representations that the alignment or the raw embedding reads.
     """
 
     def __init__(
@@ -124,10 +120,10 @@ class TimmWrapper(nn.Module):
         self.head: nn.Module = nn.Identity()
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head with a zero-initialized one, or remove it if there are 0 classes.
+        """Replace the head with a zero-initialized head, or remove the head if ``num_classes`` is 0.
 
         Raises:
-            InputError: The student has no embedding with this pooling and the representation asked for.
+            InputError: The student has no embedding with the chosen pooling and representation.
         """
         student, self.global_pool = self.student, global_pool or self.global_pool
         pooling: Any = POOLINGS.get(self.global_pool, self.global_pool)
@@ -155,9 +151,9 @@ class TimmWrapper(nn.Module):
         return self.head
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Map images, (B, 3, height, width) as ``pretrained_cfg`` says, or waveforms, (B, L), to features, (B, T, D).
+        """Map normalized images, (B, 3, height, width), or waveforms, (B, L), to features, (B, T, D).
 
-        If the head reads both representations, they are side by side, (B, T, 2 D).
+        If the head reads two representations, the features are concatenated, (B, T, 2 D).
         """
         student = self.student
         features = student.features(Tokens(student.encode(x)))
@@ -169,10 +165,10 @@ class TimmWrapper(nn.Module):
     def forward_intermediates(
         self, x: Tensor, indices: object = None, output_fmt: str = "NCHW", intermediates_only: bool = False, **_: object
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return the features, and a list of one feature map, for timm's ``features_only``.
+        """Return the features of images, and a list of one feature map, for timm's ``features_only``.
 
         Args:
-            x: See :meth:`forward_features`; images.
+            x: Normalized images, (B, 3, height, width).
             indices: Not used, because there is one map.
             output_fmt: ``NCHW``: the map is (B, C, rows, columns); ``NLC``: (B, rows · columns, C).
             intermediates_only: Return only the list.
@@ -199,14 +195,13 @@ class TimmWrapper(nn.Module):
         self.student.checkpoint_activations(enable)
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
-        """Save the sizes with the tensors: :meth:`load_state_dict` builds the student from both."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + CONFIG_TENSOR] = config_tensor(self.sizes.model_dump(mode="json"))
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
-        """Build the student from the tensors of an exported file, or of this model's own state dict, and check them.
+        """Build the student from the tensors of a file of ``d2v export`` or of this model's state dict.
 
-        If there is neither a classifier nor an alignment of ``num_classes`` outputs, the model keeps its head.
+        The model keeps its head if the tensors have neither a classifier nor an alignment of ``num_classes`` outputs.
 
         Raises:
             InputError: The sizes are missing, the tensors do not fit them, or the student lacks the chosen embedding.

@@ -1,8 +1,4 @@
-"""Load a timm model as a teacher, with weights from a file or the Hugging Face hub, without running a file's code.
-
-A file is timm's, or a model's authors' if timm can convert it. timm's own filters rename the tensors, and resample
-positions to another image size.
-"""
+"""Load a timm model as a teacher, with weights from a file or the Hugging Face hub."""
 
 import re
 import warnings
@@ -54,9 +50,6 @@ def load_timm_teacher(
 ) -> TimmTeacher:
     """Load a frozen teacher ``timm/NAME``; see :func:`~d2v_composer.checkpoints.load.load_teacher`.
 
-    If the model shares an embedding space with texts, as CLIP does, and the file has the weights of the model's head,
-    the teacher has this head.
-
     Raises:
         InputError: The model cannot be a teacher, or the file does not have the model's weights.
     """
@@ -80,7 +73,9 @@ def load_timm_teacher(
         "tag": pretrained.get("tag") if path is None else None,
         "timm": timm.__version__,
         "source": f"hub:{pretrained['hf_hub_id']}" if path is None else file_name(path),
-        "license": license if path is None else f"the file's; timm states for its own: {license}",
+        "license": license
+        if path is None
+        else f"not stated in the file; the license of timm's own weights is {license}",
     }
     provenance |= {"embedding": about["embedding"]} if "embedding" in about else {}
     with errors_of(str(file)):
@@ -88,7 +83,7 @@ def load_timm_teacher(
 
 
 def fetch_pretrained(model: str, pretrained: Mapping[str, Json]) -> Path:
-    """Return the path of timm's pretrained weights in the hub's cache; fetch them if they are missing.
+    """Return the local path of timm's pretrained weights, from the Hugging Face hub or its cache.
 
     Raises:
         InputError: timm has no weights for this model, or they are neither in the cache nor reachable.
@@ -104,10 +99,10 @@ def fetch_pretrained(model: str, pretrained: Mapping[str, Json]) -> Path:
 
 
 def read_state_dict(file: Path) -> tuple[Tensors, Record]:
-    """Read the tensors of a weight file, float ones as float32, and the provenance if this package wrote the file.
+    """Read a weight file's tensors, floating-point ones as float32, and its provenance if this package wrote the file.
 
     Raises:
-        InputError: The file is truncated, has no dict of tensors, or cannot be loaded without running code.
+        InputError: The file cannot be loaded without running code, or has no dict of tensors.
     """
     contents: Any
     if is_safetensors(file):
@@ -162,7 +157,7 @@ def load_weights(built: TimmModule, model: str, stored: Tensors) -> bool:
 
 
 def checkpoint_filter(built: TimmModule, model: str) -> Callable[..., Tensors]:
-    """Return the function by which timm converts a file's tensors for a model of this class and name."""
+    """Return timm's function that converts a file's tensors for a model of this class and name."""
     if isinstance(built, Eva):
         return eva.checkpoint_filter_fn
     if isinstance(built, Beit):

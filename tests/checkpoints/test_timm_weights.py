@@ -130,7 +130,7 @@ def test_provenance_names_the_file_its_hash_and_its_license(file: Path) -> None:
         "tag": None,
         "timm": timm.__version__,
         "source": "weights.safetensors",
-        "license": "the file's; timm states for its own: apache-2.0",
+        "license": "not stated in the file; the license of timm's own weights is apache-2.0",
     }
 
 

@@ -242,7 +242,7 @@ def test_another_teacher_is_refused(of_teacher_blocks: Path, exported: Path, lab
     datasets = datasets_of(labeled)
     for model in (exported, of_teacher_blocks / "latest-rank0.pt"):
         line = failure(d2v("evaluate", datasets, f"model={model}", f"teacher={other}"), 2)
-        problem = r"not this student's teacher: sha256 \w{64}, expected \w{64}$"
+        problem = r"not this student's teacher: expected sha256 \w{64}, got \w{64}$"
         assert re.fullmatch(f"error: {other}: {problem}", line)
     ended = d2v("evaluate", datasets, f"model={exported}", f"teacher={converted}", "max_images=20")
     assert "teacher  " in ended.stdout, ended.stderr
