@@ -2,8 +2,7 @@
 
 usage: d2v COMMAND [arguments]; d2v COMMAND --help shows the arguments; d2v --version
 
-distill does everything in one command. For single steps, run convert-teacher, convert-images, train, then evaluate,
-export and embed.
+distill converts the samples, trains a student and exports it.
 """
 
 import sys
@@ -21,13 +20,13 @@ COMMANDS = {
     "init": "print a YAML to start from",
     "convert-teacher": "convert a fairseq checkpoint to a safetensors file",
     "random-teacher": "write a teacher with random weights, for trials and benchmarks",
-    "convert-images": "convert a folder of images to MDS shards, in a folder or a store",
-    "convert-audio": "convert a folder of audio to MDS shards, in a folder or a store",
+    "convert-images": "convert images to MDS shards, in a folder or a store",
+    "convert-audio": "convert audio to MDS shards, in a folder or a store",
     "fields": "print every field of a YAML with its default and description",
     "report": "write a run's curves, tables and images to one HTML page",
     "evaluate": "compare a model with its teacher and baselines",
-    "export": "export a student as safetensors, ONNX or torch.export",
-    "verify": "compare what an exported file computes in each runtime with PyTorch",
+    "export": "export a student to a .safetensors, .onnx or .pt2 file",
+    "verify": "compare an exported file in each runtime with PyTorch",
     "embed": "embed a collection of images or audio clips",
     "search": "find the samples in an index that are nearest to a query, or near-duplicates",
     "align": "let a student search an index that another model made",
@@ -38,7 +37,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str]) -> Any:
-    """Run the command that the first word names, and return its result; import only that command's module."""
+    """Run the command that the first word names, and return its result."""
     name, *rest = argv or [""]
     if name in COMMANDS:
         sys.argv = [f"d2v {name}", *rest]  # argparse takes the program's name from it

@@ -1,14 +1,13 @@
-"""Align a student: map its embedding to the space of an existing index, or of another model such as its teacher.
+"""Align a student: map its embeddings to the space of an existing index or of another model.
 
     d2v align student.safetensors photos aligned.safetensors --index photos.npy
     d2v align student.safetensors photos aligned.safetensors --to teacher.safetensors --pooling mean
     d2v embed aligned.safetensors queries queries.npy
 
-One matrix maps the student's raw embeddings to those of the index, whatever model made the index. The matrix is fitted
-in closed form to the samples of SOURCE whose ids are in the index or, with --to, to all samples, but to at most
---max-samples. To measure the fit, a tenth of these samples is held out. R² is the share of their variance that the
-matrix explains, and recall the share of their nearest neighbors in the index that the student also finds; with --to,
-the other model's embeddings of the samples take the place of the index. OUT is the student with the matrix.
+OUT is the student with a linear map, fitted to samples of SOURCE; with --index, to samples whose ids are in the index.
+The command also fits a map without a tenth of these samples, and measures the map on this tenth: R² is the share of the
+variance of the target embeddings that the map explains, and recall the share of the target embeddings' nearest
+neighbors that the mapped embeddings find, too.
 """
 
 from typing import Annotated
@@ -31,18 +30,18 @@ from d2v_composer.system.files import check_out_file
 
 class Align(Command):
     model: Positional[str]
-    """Training checkpoint or exported file of a student: a path, s3://, …."""
+    """Training checkpoint or .safetensors file of a student: a path, s3://, …."""
     source: Samples
     out: Positional[PlaceHere]
-    """File to which the aligned student is written, NAME.safetensors."""
+    """File to write the aligned student to, NAME.safetensors."""
     index: str | None = None
-    """Index to align with: NAME.npy, with the ids in NAME.ids.npy, or NAME.parquet, as d2v embed writes them."""
+    """Index to align with: NAME.npy, with the ids in NAME.ids.npy, or NAME.parquet."""
     to: str | None = None
-    """Model to align with, instead of an index: a path, s3://, …; or timm/NAME."""
+    """Model to align with, instead of an index: a path, an address or timm/NAME."""
     pooling: Pooling | None = None
-    """Pooling of a raw embedding of --to, instead of that model's own embedding."""
+    """Only with --to: pooling of the raw embedding to align with, instead of the model's embedding."""
     representation: Representation | None = None
-    """Representation of a raw embedding of --to, instead of that model's own embedding."""
+    """Only with --to: representation of the raw embedding to align with, instead of the model's embedding."""
     max_samples: Annotated[int, whole(20, 0x100000)] = 20_000
     """Maximum number of samples to which the matrix is fitted."""
     workers: Decoders = None
@@ -51,12 +50,12 @@ class Align(Command):
     """Replace OUT if it exists."""
 
     def run(self) -> None:
-        """Fit the alignment, print its R² and recall, and write the student."""
+        """Fit the alignment, print R² and recall, and write the student."""
         out, path = self.out, self.index
         if (path is None) == (self.to is None):
             raise InputError(f"expected either --index or --to, got {'neither' if path is None else 'both'}")
         if path is not None and (self.pooling or self.representation):
-            raise InputError("--pooling and --representation apply only to --to; rows of an --index are already pooled")
+            raise InputError("--pooling and --representation apply only to --to")
         if out.suffix != ".safetensors":
             raise InputError(f"{out} must end in .safetensors")
         check_out_file(out, overwrite=self.overwrite)

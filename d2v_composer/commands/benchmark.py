@@ -1,4 +1,4 @@
-"""Measure the speed of d2v-composer and of other programs on this machine, in turns and in one process.
+"""Measure the speed of d2v-composer, and of programs to compare it with, on this machine.
 
 usage: d2v benchmark {step,data,retrieval} [options]
 
@@ -9,9 +9,9 @@ usage: d2v benchmark {step,data,retrieval} [options]
     d2v benchmark data --remote s3://BUCKET/benchmark
     d2v benchmark retrieval
 
-step: images/s, or clips/s, of a training step, compared with a naive program.
-data: images/s that a training loader delivers, compared with torchvision's ImageFolder; --remote also reads a store.
-retrieval: queries/s of the neighbor search, compared with a bare matmul and faiss.
+step: images or clips per second in training, compared with a naive program.
+data: images per second from a training loader, compared with torchvision's ImageFolder; --remote also reads a store.
+retrieval: queries per second of the neighbor search, compared with a bare matrix product, and with faiss on the CPU.
 step and retrieval use the GPU if there is one; CUDA_VISIBLE_DEVICES= hides the GPU.
 data and retrieval need `pip install -e '.[benchmark]'`.
 """
@@ -41,10 +41,10 @@ class Benchmark(Command):
     repeats: Number = 5
     """Number of measured passes of each program."""
     report: PlaceHere | None = Field(None, alias="json")
-    """File to write the result to, as JSON."""
+    """JSON file to write the result to."""
 
     def run(self) -> dict[str, Any]:
-        """Measure, and return the rates and the setting in which they were measured."""
+        """Measure, and return the rates of the programs and the setting."""
         module = import_module(f"d2v_composer.benchmarks.{type(self).__name__.lower()}")
         return module.benchmark(**self.model_dump(exclude={"report"}))
 
@@ -56,26 +56,27 @@ class Step(Benchmark):
     precision: PrecisionChoice = "auto"
     """Precision of the step."""
     only: Literal["naive", "eager", "ours"] | None = None
-    """Measure only one program: the naive one, or d2v-composer without (eager) or with (ours) torch.compile."""
+    """Program to measure alone. naive: without optimizations; eager: d2v-composer without torch.compile; ours:
+    d2v-composer."""
     loop: Literal["bare", "trainer"] = "bare"
-    """trainer: also measure 'ours' in Composer's Trainer, on batches in memory."""
+    """trainer: also measure d2v-composer in Composer's Trainer, on batches in memory."""
     trace: PlaceHere | None = None
-    """File to which a profile of the last program is written, for chrome://tracing or Perfetto."""
+    """File to write a profile of three steps to, for chrome://tracing or Perfetto; a .txt file beside it has totals."""
     no_compile: bool = False
-    """Measure without torch.compile."""
+    """Do not use torch.compile."""
     overrides: Positional[tuple[str, ...]] = ()
-    """Settings that replace those of distill.yaml for 'ours', such as compile=default."""
+    """Settings that replace those of distill.yaml, each as key=value, such as compile=default."""
 
 
 class Data(Benchmark):
     images: Path | None = None
     """Folder of images, with a subfolder for each class; default: crops of scikit-image's photographs."""
     num_images: Number = 1000
-    """Number of images to read."""
+    """Maximum number of images to read."""
     workers: int = 0
     """Number of worker processes; 0: the main process reads, on one core."""
     remote: str | None = None
-    """Address of an empty folder in a store, to which shards are written and from which they are read."""
+    """Address of an empty folder in a store; the shards are also written to this folder and read from it."""
 
 
 class Retrieval(Benchmark):

@@ -1,7 +1,4 @@
-"""A command is a pydantic model: its fields are the arguments, and their docstrings the help.
-
-argparse splits the words of a command line, and pydantic checks the values.
-"""
+"""Commands as pydantic models: the fields are the arguments, and the fields' docstrings are the help."""
 
 import os
 import sys
@@ -29,7 +26,7 @@ Positional = Annotated[T, "positional"]
 
 
 class Command(BaseModel):
-    """A command, whose fields are its arguments: options, unless they are :data:`Positional`.
+    """A command, whose fields are its arguments: options, unless their type is :data:`Positional`.
 
     A ``bool`` is a flag without a value, and a tuple an option that may be repeated.
     """
@@ -38,7 +35,7 @@ class Command(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True, validate_default=True, extra="forbid", defer_build=True)
 
     def run(self) -> Any:
-        """Do what the docstring of the command's module says."""
+        """Run the command, and return its result."""
         raise NotImplementedError
 
     @classmethod
@@ -48,11 +45,11 @@ class Command(BaseModel):
 
     @classmethod
     def parse(cls, argv: Sequence[str], program: str | None = None) -> Self:
-        """Parse a command line; ``--help`` shows the arguments below the docstring of the command's module.
+        """Parse a command line; ``--help`` prints the docstring of the command's module, then the arguments.
 
         Args:
             argv: The words after the command's name.
-            program: The command's name in the help; default: as in ``sys.argv``.
+            program: The command's name in the help; default: the one in ``sys.argv``.
 
         Raises:
             InputError: Arguments are unknown, missing or wrong.
@@ -77,7 +74,7 @@ class Command(BaseModel):
 
     @classmethod
     def add_arguments(cls, parser: ArgumentParser) -> dict[str, Action]:
-        """Add the command's arguments to a parser; return name → argparse's action."""
+        """Add the arguments to a parser, and return argparse's action for each name."""
         actions = {}
         for key, field in cls.model_fields.items():
             name, kinds = field.alias or key, [*_kinds_in(field.annotation)]
@@ -101,7 +98,6 @@ def _kinds_in(annotation: object) -> Iterator[object]:
 
 
 def _describe(field: FieldInfo) -> str:
-    """Return a field's help: its docstring and, unless the docstring states a default, the field's default."""
     text = " ".join((field.description or "").split()).rstrip(".").replace("``", "").replace("null: ", "default: ")
     shows_default = isinstance(field.default, str | int | float | Path) and not isinstance(field.default, bool)
     return f"{text}; default: {field.default}" if shows_default and "default: " not in text else text
@@ -124,7 +120,7 @@ def whole(smallest: int, largest: int) -> BeforeValidator:
 
 
 def one_of(allowed: Collection[str]) -> AfterValidator:
-    """Return a validator that accepts only these names, which come from a table; for fixed names, use Literal."""
+    """Return a validator that accepts only the ``allowed`` names."""
 
     def check(name: str) -> str:
         if name not in allowed:
@@ -147,7 +143,7 @@ def _given(text: str) -> str:
 
 
 def choose_workers(asked: int | None, device: str) -> int:
-    """Return the number of processes that decode samples: ``asked``, or by default ``CORES`` on cuda and 0 on cpu."""
+    """Return ``asked``, or the default number of decoding processes for ``None``: ``CORES`` on cuda, 0 on cpu."""
     return (CORES if device == "cuda" else 0) if asked is None else asked
 
 
@@ -168,11 +164,11 @@ Decoders = Annotated[
 Embedding = Annotated[
     Annotated[str, one_of(RAW_EMBEDDINGS)] | None,
     Field(
-        description=f"The teacher's embedding, named in the file: {listed(RAW_EMBEDDINGS)}; default: the model's own."
+        description=f"Raw embedding to use as the teacher's: {listed(RAW_EMBEDDINGS)}; default: the model's usual one."
     ),
 ]
 PartOfWork = Annotated[
     PartText | None,
-    Field(description="Make only part I of N (I from 0), on any machine; d2v merge OUT joins all parts."),
+    Field(description="I/N: make only part I, counted from 0, of N parts; d2v merge OUT joins the parts."),
 ]
 Samples = Annotated[Positional[str], IS_GIVEN, Field(description=f"A folder of images or audio files, or {SOURCES}.")]

@@ -1,4 +1,4 @@
-"""The base class of the commands that convert images and audio to MDS shards."""
+"""The base class of ``d2v convert-images`` and ``d2v convert-audio``."""
 
 import os
 import time
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 
 class Convert(Command):
-    """The arguments and the work that ``d2v convert-images`` and ``d2v convert-audio`` have in common."""
+    """A command that converts samples to MDS shards."""
 
     source: Positional[str]
     out: Positional[Place]
-    """Folder of the MDS data set that is written, here or in a store: s3://bucket/prefix, gs://, …."""
+    """Folder or address (s3://bucket/prefix, gs://, …) to write the MDS data set to."""
     split: str | None = None
-    """The split to convert, or none to convert all of SOURCE; default: train."""
+    """The split to convert, or none for all samples; default: train, or all samples if there are no splits."""
     labels: str | None = None
     """A CSV file with lines 'sample,class', or none for no labels."""
     column: Column = None
-    label_column: str | None = Field(None, description=f"The labels: {LABEL_COLUMN}; default: no labels.")
+    label_column: str | None = Field(None, description=f"Labels that the files of SOURCE hold: {LABEL_COLUMN}.")
     workers: Annotated[int, whole(1, 1024)] = CORES
     """Number of worker processes; default: one per core."""
     seed: Annotated[int, whole(0, 0x100000000)] = 0
@@ -36,15 +36,15 @@ class Convert(Command):
     """Approximate size of a shard; default: 64mb."""
     part: PartOfWork = None
     skip_unreadable: bool = False
-    """Skip samples that are missing or corrupt, and list them."""
+    """Skip samples that cannot be read, and list them."""
 
     def convert(self, modality: "Modality", yaml: str, **options: Any) -> Any:
-        """Convert the samples, or one part of them, print a report and the next commands, and return the result.
+        """Convert the samples or, with ``--part``, a part of the samples, and print a report and the next commands.
 
         Args:
             modality: Modality of the samples.
             yaml: Name of the YAML that the next commands train with.
-            **options: Further arguments of the conversion.
+            **options: Further arguments of :func:`~d2v_composer.conversion.convert.convert`.
 
         Returns:
             The conversion; ``None`` if the part exists already.
@@ -63,7 +63,7 @@ class Convert(Command):
             labels = hash_of(source.label is None, source.class_names, listed)
             parts, plan = Parts(out), plan_of(source, part, labels=labels, **settings)
             if parts.has(part, plan):
-                print(f"part {part.number} of {part.total} exists already")
+                print(f"part {part.number}/{part.total} exists already")
                 return None
             out = parts.path(part)
         print("other files:", name_counts(source.left_out))

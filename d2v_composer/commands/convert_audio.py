@@ -5,13 +5,10 @@
     d2v convert-audio recordings datasets/recordings --labels none --skip-unreadable
 
 A 16 kHz mono FLAC, WAV or OGG file keeps its bytes; any other file becomes 16 kHz mono FLAC of 16 bits. Files that are
-silent, shorter than 45 ms or longer than an hour are errors, like corrupt ones.
-OUT/conversion.json lists the length of every clip, so that training can put clips of similar length into a batch.
-An interrupted conversion leaves no index.json, so nothing reads it as a data set. The same command resumes the
-conversion; with other settings, it starts over.
-The clips are in SOURCE/SPLIT or SOURCE. In zips and in tars with folders, SPLIT is a folder; for Parquet files and
-other tars, it is a word in the file's name, or else in its folders' names. Labels come from class folders, a CSV file
-with lines 'clip,class', or --label-column.
+silent, shorter than 45 ms or longer than an hour are errors, like corrupt files.
+Run the same command again to resume an interrupted conversion.
+SPLIT is a folder in SOURCE, in a zip or in a tar with folders; for Parquet files and other tars, SPLIT is a word in a
+file's path. Labels come from class folders, from the CSV file of --labels, or from --label-column.
 """
 
 from typing import Any
@@ -27,7 +24,7 @@ class ConvertAudio(Convert):
     source: Samples = Field(description=f"A folder of audio files, or {SOURCES}.")
 
     def run(self) -> Any:
-        """Convert the clips, print a report, and return the result; ``None`` if the part exists already."""
+        """Convert the clips, and return the conversion; ``None`` if the part exists already."""
         from d2v_composer.data.audio import Audio
 
         return self.convert(Audio(), "distill_audio")

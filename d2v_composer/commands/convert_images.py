@@ -8,14 +8,12 @@
     d2v convert-images cifar10:datasets datasets/cifar10/train
     d2v convert-images cifar10:datasets datasets/cifar10/test --split test
 
-cifar10:FOLDER downloads CIFAR-10 to FOLDER if it is missing there; its pixels are unchanged.
+cifar10:FOLDER downloads CIFAR-10 to FOLDER, unless FOLDER has CIFAR-10 already.
 For an S3-compatible store, set S3_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
-An interrupted conversion leaves no index.json, so nothing reads it as a data set. The same command resumes the
-conversion; with other settings, it starts over.
-The images are in SOURCE/SPLIT or SOURCE, or in a single folder there that holds all of them, such as Kaggle's
-ILSVRC/Data/CLS-LOC. In zips and in tars with folders, SPLIT is a folder; for Parquet files and other tars, it is a word
-in the file's name, or else in its folders' names. Labels come from class folders, Kaggle's LOC_SPLIT_solution.csv, a
-CSV file with lines 'image,class', or --label-column.
+Run the same command again to resume an interrupted conversion.
+SPLIT is a folder in SOURCE, in the one folder that holds all images of SOURCE, such as Kaggle's ILSVRC/Data/CLS-LOC, in
+a zip or in a tar with folders; for Parquet files and other tars, SPLIT is a word in a file's path. Labels come from
+class folders, from Kaggle's LOC_SPLIT_solution.csv, from the CSV file of --labels, or from --label-column.
 """
 
 from typing import Annotated, Any
@@ -35,7 +33,7 @@ class ConvertImages(Convert):
     """Quality of re-encoded JPEGs, from 1 to 100."""
 
     def run(self) -> Any:
-        """Convert the images, print a report, and return the result; ``None`` if the part exists already."""
+        """Convert the images, and return the conversion; ``None`` if the part exists already."""
         from d2v_composer.conversion.convert import IMAGES
 
         yaml = "cifar10" if self.source.startswith("cifar10:") else "distill"

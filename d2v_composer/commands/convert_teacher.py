@@ -1,4 +1,4 @@
-"""Convert a fairseq data2vec 2.0 checkpoint to a safetensors file.
+"""Convert a data2vec 2.0 or EAT checkpoint of fairseq to a safetensors file.
 
     d2v convert-teacher base_imagenet.pt teacher.safetensors
     d2v convert-teacher https://dl.fbaipublicfiles.com/fairseq/data2vec2/base_imagenet.pt teacher.safetensors
@@ -19,7 +19,7 @@ from d2v_composer.system.files import check_out_file
 
 class ConvertTeacher(Command):
     source: Positional[str]
-    """The checkpoint: a path, https://, s3://, …."""
+    """The checkpoint: a path or an address (https://, s3://, …)."""
     out: Positional[PlaceHere]
     """The file to write, NAME.safetensors."""
     weights: Weights = "model"
@@ -39,7 +39,6 @@ class ConvertTeacher(Command):
     """Replace OUT if it exists."""
 
     def run(self) -> None:
-        """Convert a teacher, and print the used and the unused tensors of its file."""
         check_out_file(self.out, overwrite=self.overwrite)
 
         import torch

@@ -1,4 +1,4 @@
-"""Distill a student from images or audio, without labels, a YAML or a clone of the repository.
+"""Distill a student from images or audio clips, with one command.
 
     d2v distill photos --teacher timm/vit_small_patch14_dinov2.lvd142m --out runs/photos
     d2v distill recordings --teacher base_libri.pt --out runs/recordings
@@ -6,12 +6,11 @@
     d2v distill s3://bucket/photos/train --teacher teacher.safetensors --out runs/photos
     d2v distill 'hf://datasets/ORG/NAME/data/train-*' --teacher teacher.safetensors --out runs/photos
 
-SOURCE is a folder of images (of audio, for an audio teacher), a data set on the Hugging Face hub, or another source
-that d2v embed reads. A tenth of its samples, at most 5,000, tests the student; these and their exact copies are
-never trained on. Batch size, duration and other settings follow from the number of samples, the teacher and the
-machine. OUT must be new or empty. It receives distill.yaml (all settings, also for d2v train), the samples in images/
-or clips/, the run with its report.html, and student.safetensors. key=value changes a setting; `d2v fields training`
-lists all settings. Run the same command again to resume an interrupted run.
+SOURCE has images or, for an audio teacher, clips; labels are not used. A tenth of the samples, at most 5,000, tests the
+student; the run trains neither on these samples nor on their exact copies. Batch size, duration and other settings
+follow from the number of samples, the teacher and the machine; key=value changes a setting, and `d2v fields training`
+lists all settings. OUT, a new or empty folder, receives distill.yaml with all settings, the samples in images/ or
+clips/, the run with its report.html, and student.safetensors. Run the same command again to resume an interrupted run.
 """
 
 from collections.abc import Sequence
@@ -38,17 +37,17 @@ class Distill(Command):
     changes: Positional[tuple[str, ...]] = ()
     """Settings to change, each as key=value."""
     teacher: Annotated[str, IS_GIVEN, IS_ABSOLUTE]
-    """A path or address of a data2vec 2.0 or EAT model, or timm/NAME."""
+    """Path or address of a data2vec 2.0 or EAT model's file, or timm/NAME."""
     out: PlaceHere
     """Folder for the samples, the run and the student."""
     column: Column = None
 
     def run(self, argv: Sequence[str] | None = None) -> None:
-        """Prepare a run and train, or resume an interrupted run; then export its student.
+        """Prepare a run and train, or resume an interrupted run; then export the student.
 
         Args:
-            argv: Arguments of the command, which is started again on each of several GPUs; ``None``: train in this
-                process.
+            argv: Arguments with which the command is started again, once for each GPU, if there are several GPUs;
+                ``None``: train in this process.
         """
         if any(change.startswith(("run_name=", "save_folder=")) for change in self.changes):
             raise InputError("run_name and save_folder: use --out instead")
@@ -81,5 +80,5 @@ class Distill(Command):
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parse a command line, and distill a student on every GPU of this machine."""
+    """Parse a command line, and distill a student."""
     Distill.parse(argv).run(argv)

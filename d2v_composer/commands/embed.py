@@ -8,12 +8,10 @@
     d2v embed student.safetensors 's3://bucket/laion/*.tar' s3://bucket/laion.parquet --part 3/16
     composer -n 2 -m d2v_composer.commands embed student.safetensors photos photos.npy
 
-Read NAME.npy, (N, D), with np.load(…, mmap_mode="r"); the ids are in NAME.ids.npy. NAME.parquet has the columns id and
-embedding. NAME.model.json, or the metadata of NAME.parquet, names the model and which of its embeddings was stored.
-Images are resized to the model's size without cropping; clips are embedded whole.
-If Composer is installed, the command uses all GPUs of this machine, or as many processes as Composer's launcher starts.
-The bytes of OUT do not depend on the number of processes.
-An interrupted run does not write OUT; run the same command again to resume the run.
+NAME.npy has the embeddings, (N, D), and NAME.ids.npy the ids, (N,); NAME.parquet has the columns id and embedding. The
+model is named in NAME.model.json, or in the metadata of NAME.parquet. Images are resized without cropping.
+If Composer is installed, the command uses all GPUs of this machine. Run the same command again to resume an interrupted
+run.
 """
 
 import os
@@ -48,10 +46,10 @@ from d2v_composer.system.processes import ALL, local_rank, relaunch_on_gpus
 
 class Embed(ModelReference, Command):
     model: Positional[PathText]
-    """A checkpoint, an exported student or a teacher: a path, s3://, …; or timm/NAME."""
+    """A training checkpoint, an exported student or a teacher: a path, s3://, …; or timm/NAME."""
     source: Samples
     out: Positional[Place] = Field(
-        description=f"NAME.npy or NAME.parquet, here or in a store; a sample's id is {IDS}, a path, or a number in MDS."
+        description=f"NAME.npy or NAME.parquet, here or in a store; an id is {IDS}, a path or, in MDS, a number."
     )
     precision: PrecisionChoice = "fp32"
     """Precision in which the model computes; auto: on a GPU amp_bf16, or amp_fp16 without bfloat16; on a CPU amp_bf16
@@ -72,10 +70,10 @@ class Embed(ModelReference, Command):
     skip_unreadable: bool = False
     """Skip samples that cannot be read, and list them."""
     overwrite: bool = False
-    """Replace OUT if it exists, once the new one is complete."""
+    """Replace OUT if it exists."""
 
     def run(self) -> Any:
-        """Embed the samples, print a report, and return the result; ``None`` if the part exists already."""
+        """Embed the samples, and return a report; ``None`` if the part exists already."""
         out, part, plan = self.out, self.part, None
 
         import torch
@@ -112,7 +110,7 @@ class Embed(ModelReference, Command):
         if part:
             plan = record_of(model, source, part, options, device)
             if parts.has(part, plan):
-                print(f"part {part.number} of {part.total} exists already")
+                print(f"part {part.number}/{part.total} exists already")
                 return None
         print("other files:", name_counts(source.left_out))
         embedding = embed_source(
@@ -138,7 +136,7 @@ class Embed(ModelReference, Command):
 
 
 def main(argv: Sequence[str]) -> Any:
-    """Parse a command line, and embed on every GPU of this machine or, without Composer, on one."""
+    """Parse a command line, and run the command: with Composer, in a process for each GPU of this machine."""
     command = Embed.parse(argv)
     with suppress(ModuleNotFoundError):  # without Composer, one GPU
         relaunch_on_gpus("embed", *argv)

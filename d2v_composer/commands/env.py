@@ -1,8 +1,8 @@
-"""Print the machine and the versions that a bug report needs.
+"""Print what a bug report needs.
 
     d2v env
 
-It lists the machine, torch's build, the GPUs, and the versions of all packages that d2v-composer can use.
+The list has the machine, its GPUs, torch's build and the versions of packages.
 """
 
 from importlib import metadata
@@ -12,7 +12,6 @@ from d2v_composer.commands.command import Command
 
 class Env(Command):
     def run(self) -> None:
-        """Print the versions and the machine, one item on a line."""
         import torch.version
         from packaging.requirements import Requirement
 

@@ -1,4 +1,4 @@
-"""Measure a model's embedding, and compare it with its teacher, an untrained student and simple baselines.
+"""Measure a model, and compare the model with its teacher, an untrained student and simple baselines.
 
 usage: d2v evaluate [FILE.yaml] model=PATH [key=value …]
 
@@ -8,12 +8,9 @@ usage: d2v evaluate [FILE.yaml] model=PATH [key=value …]
     d2v evaluate yamls/evaluate.yaml model=timm/vit_small_patch14_dinov2 checkpoint=dinov2.safetensors image_size=112
     d2v evaluate yamls/evaluate.yaml model=student.safetensors 'rivals=[timm/resnet18.a1_in1k, narrow.safetensors]'
 
-The model is a teacher's file, a training checkpoint, an exported student, or a timm ViT. The tables show retrieval and,
-with ``probes='[knn, linear, agreement, instance, zero_shot]'``, further measures; agreement and instance need no
-labels. All are measured in the model's embedding, unless pooling and representation choose a raw one. ``rivals`` adds
-further models to the tables, with their size and speed. The folder ``out`` receives the results as JSON and CSV, a page
-with what the student finds and, with rivals, a picture of quality over speed; ``embeddings=all`` also measures all raw
-embeddings. `d2v fields evaluation` lists all fields.
+The model is a teacher's file, a training checkpoint, an exported student, or timm/NAME. The tables show retrieval, and
+the measures of ``probes='[knn, linear, agreement, instance, zero_shot]'``. ``rivals`` adds further models. The results
+are written to the folder ``out``, if ``out`` is set. `d2v fields evaluation` lists all fields.
 """
 
 from collections.abc import Sequence

@@ -5,11 +5,9 @@
     d2v export student.safetensors student.pt2 --pooling mean --preprocessing in
     d2v export student.safetensors student.onnx --int8 --calibrate photos
 
-OUT's suffix selects the format: ``.safetensors`` for ``load_student`` and timm, ``.onnx``, ``.pt2`` for torch.export.
-An .onnx or .pt2 file computes the embedding, or a raw one that --pooling or --representation names. An image
-student's file takes normalized images or, with --preprocessing in, images as decoded. An audio student's file takes
-clips of any length, but of the same length in a batch. The README.md beside a .safetensors file describes the student
-for the Hugging Face hub.
+The suffix of OUT selects the format: .safetensors for d2v and timm, .onnx, or .pt2 for torch.export.
+An .onnx or .pt2 file computes the student's embedding, or the raw embedding of --pooling and --representation. The
+inputs are normalized images, (B, 3, height, width) float32, or clips of one length, (B, L) float32.
 """
 
 import tempfile
@@ -33,37 +31,33 @@ MAX_INT8_IMAGES = 256
 
 class Export(Command):
     checkpoint: Positional[str]
-    """Training checkpoint or exported file of a student: a path, s3://, …."""
+    """Training checkpoint or .safetensors file of a student: a path, s3://, …."""
     out: Positional[PlaceHere]
     """File to write: NAME.safetensors, NAME.onnx or NAME.pt2."""
     teacher: str | None = None
-    """The teacher's file, for a training checkpoint; default: the path that was used in training."""
+    """The teacher's file, for a training checkpoint; default: the path in the checkpoint."""
     pooling: Pooling | None = None
-    """Only for .onnx and .pt2: pooling of a raw embedding, instead of the student's embedding."""
+    """Only for .onnx and .pt2: pooling of the raw embedding to export instead of the student's embedding."""
     representation: Representation | None = None
-    """Only for .onnx and .pt2: representation of a raw embedding, instead of the student's embedding."""
+    """Only for .onnx and .pt2: representation of the raw embedding to export instead of the student's embedding."""
     preprocessing: Literal["in", "out"] = "out"
-    """Only for .onnx and .pt2: in: the file also normalizes images; it takes them as decoded, (B, S, S, 3) uint8."""
+    """in: the .onnx or .pt2 file normalizes images, and takes resized pixels, (B, height, width, 3) uint8."""
     int8: bool = False
-    """Only for .onnx: quantize linear layers to 8 bits with onnxruntime, and compare the result with PyTorch."""
+    """Only for images and .onnx: quantize the linear layers to 8 bits, and compare the embeddings with PyTorch's."""
     calibrate: str | None = None
-    """Images or MDS shards that calibrate --int8; default: the run's retrieval images."""
+    """Images that calibrate --int8: any SOURCE of d2v embed; default: the run's retrieval images."""
     verify: bool = False
-    """After the export, measure OUT in each installed runtime, as d2v verify does."""
+    """Run d2v verify on OUT after the export."""
     overwrite: bool = False
     """Replace OUT if it exists."""
 
     def run(self) -> None:
-        """Export a student; a training checkpoint needs its teacher's file, for the frozen encoder."""
         source, out, takes_pixels = self.checkpoint, self.out, self.preprocessing == "in"
         check_out_file(out, overwrite=self.overwrite)
         if out.suffix not in (".safetensors", *PROGRAMS):
             raise InputError(f"{out} must end in .safetensors, .onnx or .pt2")
         if out.suffix == ".safetensors" and (self.pooling or self.representation or takes_pixels):
-            raise InputError(
-                f"{out}: a .safetensors file holds every embedding; --pooling, --representation and --preprocessing "
-                "are only for .onnx and .pt2"
-            )
+            raise InputError(f"{out}: --pooling, --representation and --preprocessing are only for .onnx and .pt2")
         if (self.int8 and out.suffix != ".onnx") or (self.calibrate and not self.int8):
             raise InputError(f"{out}: --int8 is only for .onnx, and --calibrate only for --int8")
 

@@ -1,9 +1,9 @@
-"""Print every field of a YAML, its default and description, as Markdown tables.
+"""Print the fields of the YAMLs, with their defaults and descriptions, as Markdown tables.
 
     d2v fields
     d2v fields optimizer
 
-SECTION is training, evaluation, fine-tuning, detection or datasets, or a section of the YAMLs.
+SECTION is training, evaluation, fine-tuning, detection, datasets, or a section of a YAML, such as optimizer.
 """
 
 import json
@@ -22,7 +22,6 @@ class Fields(Command):
     """Section whose fields are printed; default: all sections."""
 
     def run(self) -> None:
-        """Print the tables of one section, or all tables."""
         tables = list(find_tables())
         if not (texts := [text for *names, text in tables if self.section in (None, *names)]):
             allowed = dict.fromkeys(name for *names, _ in tables for name in names)
@@ -34,9 +33,9 @@ main = Fields.main
 
 
 def find_tables() -> Iterator[tuple[str, str, str]]:
-    """Yield, for each section: what reads it ('training', …), its name ('' at the top), and its table, as Markdown.
+    """Yield the reader of a section, such as 'training', the section's name ('' for the top level) and Markdown table.
 
-    Of fields that are the same as in training, a table lists only the names.
+    Fields that are the same as in training are only named.
     """
     from d2v_composer.config.detection import DetectConfig
     from d2v_composer.config.load import find_section

@@ -3,7 +3,7 @@
     d2v init quickstart > my.yaml
     d2v train my.yaml max_duration=10ep
 
-The YAML's references to files beside it become absolute paths.
+References to files beside the YAML are printed as absolute paths.
 """
 
 import json

@@ -5,8 +5,8 @@
     d2v embed student.safetensors photos photos.npy --part 0/16
     d2v merge photos.npy
 
-If all parts exist and have the same settings, OUT becomes what one command without --part would have made. The shards
-of a conversion stay in OUT/parts. The parts of embeddings, in OUT.parts, are not needed after the merge.
+All parts must exist and have the same settings. The shards of a conversion stay in OUT/parts. The parts of embeddings,
+in OUT.parts, are not needed after the merge.
 """
 
 from d2v_composer.commands.command import Command, Place, Positional
@@ -20,7 +20,6 @@ class Merge(Command):
     """Replace the embeddings in OUT if they exist."""
 
     def run(self) -> None:
-        """Merge the parts, and print a report."""
         out = self.out
 
         from d2v_composer.conversion.parts import TABLE_SUFFIXES

@@ -1,4 +1,4 @@
-"""Write a teacher with random weights, always the same, to try and time runs without a real teacher.
+"""Write a teacher with random weights, for trials and benchmarks. The weights are the same at every call.
 
     d2v random-teacher base teacher.safetensors
     d2v random-teacher timm/vit_base_patch14_dinov2 teacher.safetensors
@@ -17,7 +17,7 @@ from d2v_composer.system.files import check_out_file
 
 class RandomTeacher(Command):
     size: Positional[str]
-    """Size or model of the teacher, as above."""
+    """Size of the teacher, or timm/NAME."""
     out: Positional[PlaceHere]
     """The file to write, NAME.safetensors."""
     embedding: Embedding = None
@@ -25,7 +25,6 @@ class RandomTeacher(Command):
     """Replace OUT if it exists."""
 
     def run(self) -> None:
-        """Write the teacher, and print its size and the next step."""
         size, out = self.size, self.out
         check_out_file(out, overwrite=self.overwrite)
 

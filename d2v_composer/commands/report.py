@@ -1,10 +1,9 @@
-"""Draw a run's report: report.html and report/*.png in the folder of the run.
+"""Write a run's report into the run's folder: report.html, and the plots as report/*.png.
 
     d2v report runs/quickstart
     d2v report /mnt/runs/distill
 
-The page needs no other file and no network. Training writes the page at the end; use this command for a run
-that is still in progress or was interrupted.
+report.html needs no other file and no network. The run may be finished, in progress or interrupted.
 """
 
 from pathlib import Path
@@ -15,10 +14,10 @@ from d2v_composer.system.command_line import print_next
 
 class Report(Command):
     run_folder: Positional[PlaceHere]
-    """A run's save_folder, such as runs/quickstart."""
+    """The run's folder on this machine, such as runs/quickstart."""
 
     def run(self) -> list[Path]:
-        """Write the report of a run, print its path, and return the paths of the page and the plots."""
+        """Write the report, and return the path of the page, then those of the plots."""
         from d2v_composer.report.page import write_report
         from d2v_composer.report.run import read_run
 

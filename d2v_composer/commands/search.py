@@ -6,11 +6,10 @@
     d2v search old.npy query.jpg --model student.safetensors
     d2v search photos.npy --duplicates --above 0.9 --html duplicates.html
 
-INDEX is what d2v embed wrote; it names the model that made it, and this model embeds the queries. --model
-names another model for the queries, such as a moved file, or a student that searches its teacher's index; a model whose
-embeddings lie in another space is refused. The search is exact, by cosine. --duplicates subtracts the mean of all rows,
-then compares all pairs; rows that are connected by pairs with a cosine above --above form one group. --html writes one
-page with pictures, or with spectrograms and players; for this, the samples of the index must be readable.
+INDEX is a file that d2v embed wrote. The model that made INDEX embeds QUERY, unless --model names another model of the
+same embedding space. The search compares QUERY with every row of INDEX, by cosine. --duplicates subtracts the mean of
+all rows, then compares all pairs of rows; the two rows of a pair whose cosine is above --above are in the same group.
+--html also reads the samples of INDEX.
 """
 
 import json
@@ -35,37 +34,39 @@ if TYPE_CHECKING:
 DEFAULT_K, DEFAULT_ABOVE = 10, 0.95
 ROWS_SHOWN, SAMPLES_SHOWN = 100, 24  # of a page
 LIMITS_SHOWN = f"A row shows at most {SAMPLES_SHOWN} samples."
-NEIGHBORS_SHOWN = "Each row has a query and the samples nearest to it, with their cosines."
+NEIGHBORS_SHOWN = "Each row has a query and the nearest samples, with each sample's cosine to the query."
 DUPLICATES_SHOWN = (
-    "Each row is a group of near-duplicates. Their cosines are with the first sample of the group, after the mean of "
-    "all embeddings is subtracted."
+    "Each row is a group of near-duplicates, with each sample's cosine to the first sample of the group, after the "
+    "mean of all embeddings is subtracted."
 )
 
 
 class Search(Command):
     index: Positional[str]
-    """The index that d2v embed wrote, here or in a store: NAME.npy, with the ids in NAME.ids.npy, or NAME.parquet."""
-    query: Positional[tuple[str, ...]] = Field((), description=f"An image or a clip, a folder of them, or {SOURCES}.")
+    """Path or address of the index: NAME.npy, with the ids in NAME.ids.npy, or NAME.parquet."""
+    query: Positional[tuple[str, ...]] = Field(
+        (), description=f"An image, a clip, a folder of images or clips, or {SOURCES}."
+    )
     id: str | None = None
-    """Search with the row that has this id; takes no QUERY."""
+    """Find the neighbors of the row with this id, instead of the neighbors of a QUERY."""
     duplicates: bool = False
-    """List the groups of near-duplicates in INDEX; takes no QUERY."""
+    """List the groups of near-duplicates in INDEX, without a QUERY."""
     above: Annotated[float, Field(ge=-1, lt=1)] | None = None
     """Cosine above which two rows are near-duplicates, after the mean of all rows is subtracted; default: 0.95."""
     k: Annotated[int, whole(1, 0x10000)] | None = None
     """Number of neighbors to find for each query; default: 10."""
     model: str | None = None
-    """The model that embeds QUERY: a path, s3://, …; or timm/NAME; default: INDEX's own."""
+    """Model that embeds QUERY: a path, an address or timm/NAME; default: the model that made INDEX."""
     as_json: bool = Field(False, alias="json", description="Print JSON.")
     html: PlaceHere | None = None
-    """HTML file to write, with pictures, or spectrograms and players."""
+    """HTML file to write the results to, with images or, for clips, spectrograms and players."""
     source: str | None = None
     """SOURCE of the samples of INDEX, for --html; default: the SOURCE that d2v embed read."""
     overwrite: bool = False
     """Replace the HTML file if it exists."""
 
     def run(self) -> "list[Found]":
-        """Print and return what each query finds, or the groups of near-duplicates; with --html, write the page."""
+        """Print and return the nearest rows of each query, or the groups of near-duplicates."""
         path, page = self.index, self.html
         kinds = {"QUERY": self.query, "--id": self.id, "--duplicates": self.duplicates}
         if len(given := [name for name, value in kinds.items() if value]) != 1:
@@ -127,11 +128,7 @@ def _as_json(found: "Found", ids: Any) -> dict[str, Any]:
 
 
 def _open_samples(path: str, index: "VectorIndex", source: str | None) -> "tuple[Source, dict[str, int]]":
-    """Open the samples of an index as small pictures, or as sound; return them, and id → position in the source.
-
-    Raises:
-        InputError: The index does not name its samples, or they cannot be opened, or some are missing.
-    """
+    """Open the samples of an index; return them, and the number of the sample with each id."""
     from d2v_composer.data import MODALITIES
     from d2v_composer.report.gallery import SHOWN_SIZE
     from d2v_composer.sources.open import open_source
@@ -153,7 +150,6 @@ def _open_samples(path: str, index: "VectorIndex", source: str | None) -> "tuple
 def _rows(
     ids: Any, found: "Sequence[Found]", queries: "Sequence[Source]", samples: "Source", numbers: Mapping[str, int]
 ) -> "Iterator[list[Shown]]":
-    """Yield what the page shows in each row: a query and what it finds, or a group of near-duplicates."""
     from d2v_composer.report.gallery import Shown, picture, sound
 
     def show(of: "Source", number: int, title: str, name: str) -> Shown:

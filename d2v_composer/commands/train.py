@@ -1,4 +1,4 @@
-"""Distill a student with the settings in a YAML: train, save checkpoints, measure retrieval and write a report.
+"""Distill a student with the settings in a YAML.
 
 usage: d2v train FILE.yaml [dotted.key=value …]
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Train with a YAML on every GPU of this machine."""
+    """Train with the settings in a YAML, on every GPU of this machine."""
     command_line.show_help(argv, __doc__)
     relaunch_on_gpus("train", *argv)
     train(argv)
 
 
 def train(argv: Sequence[str], callbacks: "Sequence[Callback]" = ()) -> "Trainer":
-    """Train a student and, if the run is saved, print the commands that evaluate and export the student.
+    """Train a student, and return the closed Trainer.
 
     Args:
         argv: The YAML's path, then any number of ``dotted.key=value``.

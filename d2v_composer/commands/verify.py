@@ -5,15 +5,13 @@
     d2v verify student-int8.onnx --student student.safetensors
     d2v verify student.onnx --kit kit
 
-EXPORTED is a .safetensors file, or an .onnx or .pt2 file; the same student's .safetensors file must be beside it, or be
-named by --student.
-Loading a .pt2 file runs the code in it. For each runtime, the table compares embeddings with PyTorch's: minimum and
-mean cosine, neighbor agreement, and two numbers relative to the largest value of an embedding: the largest difference,
-and the largest change when other inputs are in the batch. It also shows seconds to load, peak MB, and samples/s in
-batches of 1 and 16. The exit status is 1 if a number is out of range. The last line names the fastest runtime whose
-numbers are in range. The numbers are written to EXPORTED.verify.json and, if d2v export wrote a README.md beside
-EXPORTED, to that model card. --kit writes a folder for a machine with other runtimes: the script in the folder prints
-the same numbers, and needs only numpy and the runtime.
+Loading a .pt2 file runs the code in it.
+The table has a row for PyTorch and for each runtime, with samples per second (/s) in batches of 1 and 16. cosine and
+mean are the minimum and the mean of the embeddings' cosines with PyTorch's embeddings. difference is the largest
+difference from PyTorch's embeddings, and 'by batch' the largest change of an embedding in smaller batches; both are
+relative to the largest value of PyTorch's embeddings. agreement is the share of each sample's ten nearest neighbors
+that PyTorch finds, too. The exit status is 1 if a runtime misses a limit.
+The numbers are written to EXPORTED.verify.json and, if there is a model card beside EXPORTED, to this card.
 """
 
 from pathlib import Path
@@ -30,24 +28,22 @@ BY_SUFFIX = ", ".join(f"{name} for {runtime.suffix}" for name, runtime in RUNTIM
 
 class Verify(Command):
     exported: Positional[PlaceHere]
-    """The exported file: .onnx, .pt2 or .safetensors."""
+    """The .onnx, .pt2 or .safetensors file that d2v export wrote."""
     student: Path | None = None
-    """The same student's .safetensors file; default: EXPORTED with that suffix."""
+    """The same student's .safetensors file; default: EXPORTED with the suffix .safetensors."""
     runtime: tuple[Annotated[str, one_of(RUNTIMES)], ...] | None = Field(
-        None, description=f"Runtime to measure: {BY_SUFFIX}; may be repeated; default: all that are installed."
+        None, description=f"Runtime to measure: {BY_SUFFIX}; may be repeated; default: all installed ones for EXPORTED."
     )
     images: str | None = None
-    """Images, audio or MDS shards to measure with; default: CIFAR-10 images or spoken words that ship with d2v."""
+    """Samples to measure with: any SOURCE of d2v embed; default: CIFAR-10 images or spoken words that ship with d2v."""
     cosine: float | None = None
-    """Minimum cosine of an embedding with PyTorch's; default: 0.999, or 0.98 for an int8 file."""
+    """Smallest allowed cosine of an embedding with PyTorch's; default: 0.999, or 0.98 for an int8 file."""
     difference: float | None = None
-    """Maximum difference from PyTorch, relative to the largest value of an embedding; default: 0.0001, or 9 for an int8
-    file; openvino has no limit."""
+    """Largest allowed value of the column difference; default: 0.0001, or 9 for an int8 file; openvino has no limit."""
     kit: PlaceHere | None = None
-    """Folder to write, with all that another machine needs to measure EXPORTED; nothing is measured here."""
+    """Folder to write instead of measuring: its script measures EXPORTED on a machine with numpy and the runtime."""
 
     def run(self) -> None:
-        """Measure an exported file in each runtime, or write the kit for another machine."""
         path = self.student or self.exported.with_suffix(".safetensors")
         if not path.exists():
             raise InputError(f"{path}: no such file; name the student's .safetensors file with --student")
