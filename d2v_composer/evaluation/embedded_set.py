@@ -1,6 +1,6 @@
-"""Embed a labeled set with several models, in one pass over its samples; several ranks share the work.
+"""Embed an evaluation set with several models.
 
-Shapes: B samples of a batch, L values of a clip, D channels.
+Shapes: B samples in a batch, L values in a clip, N samples of a rank, D channels.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,14 +19,14 @@ from d2v_composer.system.errors import RunError
 from d2v_composer.system.progress import progress_bar
 
 Embed = Callable[..., Tensor | dict[str, Tensor]]
-"""A function that embeds a batch on the model's device, and returns the embeddings, (B, D), or several by name.
+"""A function that returns the embeddings of a batch, (B, D), or a dict of several embeddings by name.
 
-A batch is images, (B, 3, height, width) uint8, or clips, (B, L) float32. If some clips are padded, a second argument
-has the length of each clip without its padding, (B,) int64.
+The first argument is images, (B, 3, height, width) uint8, or clips, (B, L) float32, on the model's device. If any clips
+are padded, the second argument is the length of each clip without padding, (B,) int64.
 """
 EmbeddedSet = dict[str, dict[str, Tensor]]
-"""Part ('train', 'test', or one of ``VIEWS``) → name of an embedding → the embeddings of this rank's samples, (their
-number, D) float32 on the host."""
+"""Part of a set (``train``, ``test`` or one of ``VIEWS``) → name of an embedding → embeddings of this rank's samples,
+(N, D) float32 on the host."""
 
 
 def embed_set(
@@ -36,20 +36,19 @@ def embed_set(
     settings: Settings,
     infos: Mapping[str, EmbeddingInfo] = {},
 ) -> dict[str, EmbeddedSet]:
-    """Embed this rank's share of all parts with every model, in one pass over the samples.
+    """Embed this rank's share of a set with every model.
 
-    Clips of a similar length share a batch; the longest come first. The views of test samples are embedded
-    if a metric needs them; the augmentation depends only on the index of the sample and on the view.
+    The train samples are embedded only if the set has labels, and the views only if a metric needs views.
 
     Args:
         embeds: Name of a model → function that embeds a batch.
-        dataset: Name of the set, for progress bars.
+        dataset: Name of the set in progress bars.
         labeled: The set.
         settings: Settings of the evaluation.
         infos: Name of a model → description of its embedding, if known.
 
     Returns:
-        Name of a model → its embeddings: all if ``settings.needs_all``, otherwise only the headline and ``embedding``.
+        Name of a model → embeddings: all with ``settings.needs_all``, otherwise the headline and ``embedding``.
     """
     parts = ({"train": labeled.train} if labeled.has_labels else {}) | {"test": labeled.test}
     parts |= dict.fromkeys(VIEWS, labeled.test) if settings.needs(labeled, "views") else {}
@@ -81,18 +80,18 @@ def embed_set(
 
 
 def check_finite(dataset: str, embedded: Mapping[str, EmbeddedSet]) -> None:
-    """Check that no model's weights, or its half precision, made embeddings that mean nothing.
+    """Check that all embeddings are finite.
 
     Raises:
-        RunError: An embedding of a sample is not finite.
+        RunError: An embedding has infinite or NaN values.
     """
     for model, parts in embedded.items():
         for part, embeddings in parts.items():
             if not all(vectors.isfinite().all() for vectors in embeddings.values()):
-                raise RunError(f"{dataset}, {part}: embeddings by {model} are not finite")
+                raise RunError(f"{dataset}, {part}: embeddings of the model {model} are not finite")
 
 
 def move_batch(batch: tuple[Tensor, ...], to_device: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """Move a batch of :func:`collate`: the samples with ``to_device``, and lengths of clips to the same device."""
+    """Return the tensors of a batch from :func:`~d2v_composer.data.modality.collate`, moved to one device."""
     values = to_device(batch[0])
     return [values, *(lengths.to(values.device) for lengths in batch[1:])]

@@ -1,4 +1,4 @@
-"""Compare models: share their encoders, measure the models on labeled sets, and write the results."""
+"""Compare models on evaluation sets, and write the results."""
 
 import csv
 import io
@@ -35,10 +35,11 @@ from d2v_composer.system.files import check_out_file, write_atomically
 
 
 def cost(model: Backbone | Encoder | None, fitted_width: int = 0) -> dict[str, Any]:
-    """Return ``num_parameters``, and ``gflop`` for one input, of a model as it is exported; zeros for no model.
+    """Return a model's ``num_parameters``, the number of values in all tensors, and ``gflop`` for one input.
 
-    All values of all tensors count as parameters, a BatchNorm's statistics too. ``fitted_width`` is the number of
-    outputs of the alignment that the model will get, or 0.
+    Args:
+        model: The model; ``None``: both numbers are 0.
+        fitted_width: Number of outputs of an alignment that the model lacks but will get; 0 for none.
     """
     if model is None:
         return {"num_parameters": 0, "gflop": 0.0}
@@ -52,17 +53,16 @@ def cost(model: Backbone | Encoder | None, fitted_width: int = 0) -> dict[str, A
 def share_encoders(
     first: Backbone, models: Mapping[str, Backbone], layer_mean: LayerMean, fill_to: int = 0
 ) -> dict[str, Embed]:
-    """Return name → function that embeds a batch: ``pixels`` or ``log_mel``, ``encoder`` (pooled), and each model.
+    """Return name → function that embeds a batch, for the models and for the baselines that ``first`` gives.
 
-    Functions that share an encoder run it once for a batch, and keep its output as long as the batch's tensor lives. So
-    call all functions under the same autocast.
+    A shared encoder runs once for each batch, so call all functions under the same autocast.
 
     Args:
-        first: The model whose encoder is also compared alone, if the model has further blocks.
+        first: The model whose input (``pixels`` or ``log_mel``) and, if the model has further blocks, ``encoder`` are
+            baselines.
         models: Name → model.
-        layer_mean: Settings with which ``layer_mean`` of all models is computed.
-        fill_to: Number of samples to which smaller batches are filled up, because a compiled model needs a graph for
-            each size; 0: batches keep their size.
+        layer_mean: Settings of the embedding ``layer_mean`` of all models.
+        fill_to: Number of samples to which smaller batches are filled up; 0: batches keep their size.
     """
     encoded = WeakIdKeyDictionary()
 
@@ -88,32 +88,32 @@ class Evaluation:
     """Models to compare, and their results."""
 
     groups: Mapping[Modality, dict[str, Embed]]
-    """Modality, such as images of one size → name of a model that takes it → function that embeds a batch."""
+    """Modality → name of a model of this modality → function that embeds a batch."""
     costs: Mapping[str, dict[str, Any]]
-    """Name → :func:`cost`."""
+    """Name of a model → result of :func:`cost`."""
     settings: Settings
-    """Settings for all sets, without ``augment``."""
+    """Settings of the evaluation, in which :meth:`run` replaces ``augment``, ``to_device`` and ``progress``."""
     infos: Mapping[str, EmbeddingInfo]
-    """Name → description of the model's embedding; ``pixels`` and ``log_mel`` have none."""
+    """Name of a model → description of the model's embedding, if known."""
     weights: Mapping[str, str]
-    """Name → hash of the model's weights."""
+    """Name of a model → hash of the model's weights, if known."""
     load: Callable[[Modality], tuple[Mapping[str, EvaluationSet], Augmentation]]
-    """Returns name → data set with samples of a modality, and the augmentation that makes their views."""
+    """Returns, for a modality, the data sets by name, and the augmentation that makes the samples' views."""
     datasets: dict[str, EvaluationSet] = field(default_factory=dict)
-    """Name → data set, whose samples are loaded as the evaluated model takes them."""
+    """Name → data set, as loaded for the first modality; :meth:`run` adds the data sets."""
     results: list[Result] = field(default_factory=list)
     speeds: dict[int, dict[str, float]] = field(default_factory=dict)
-    """Batch size → name → samples per second; empty if speeds were not measured."""
+    """Batch size → name of a model → samples per second; empty without a measurement of speeds."""
 
     def run(self, device: str, autocast_dtype: torch.dtype | None = None) -> None:
-        """Embed every sample once with each model, measure retrieval and probes, and add to ``results``.
+        """Measure all models on all data sets, and add to ``results``.
 
         Args:
             device: Device of the models: cpu or cuda.
-            autocast_dtype: Dtype of autocast; ``None`` computes in float32.
+            autocast_dtype: Dtype of autocast; ``None``: compute in float32.
 
         Raises:
-            RunError: An embedding is not finite.
+            RunError: An embedding has infinite or NaN values.
         """
         for modality, embeds in self.groups.items():
             datasets, augment = self.load(modality)
@@ -131,10 +131,11 @@ class Evaluation:
                     self.results += measure(rows, embedded, dataset, labeled, settings, self.infos, self.weights)
 
     def write(self, folder: Path, context: dict[str, Any]) -> None:
-        """Write ``evaluation.json`` and ``evaluation.csv`` to a folder, each atomically.
+        """Write ``evaluation.json`` and ``evaluation.csv``, which contain all results, to a folder.
 
-        Both files have a row for each candidate, data set, bank, embedding and k or probe. ``context`` has further
-        entries of the JSON file; secrets in them are hidden.
+        Args:
+            folder: The folder.
+            context: Further entries of the JSON file, in which secrets are hidden.
         """
 
         def cell(dataset: str, column: Column, interval: Interval) -> dict[str, Any]:
@@ -181,7 +182,7 @@ class Evaluation:
 
 
 def read_evaluation(folder: Path, weights: str) -> dict[str, Any]:
-    """Return the contents of a folder's ``evaluation.json``; {} if the file is missing, corrupt or of other weights."""
+    """Return a folder's ``evaluation.json`` as a dict; {} if the file is missing, corrupt or for other weights."""
     with suppress(Exception):
         contents = json.loads((folder / "evaluation.json").read_bytes())
         if contents["weights"] == weights:
@@ -190,14 +191,15 @@ def read_evaluation(folder: Path, weights: str) -> dict[str, Any]:
 
 
 def check_replaceable(folder: Path, weights: str) -> None:
-    """Check, before the work starts, that results can be written and replace only results of the same weights.
+    """Check that an evaluation's files can be written to a folder, and replace only results of the same weights.
 
     Raises:
-        InputError: A file cannot be written, or exists without results of these weights.
+        InputError: A file cannot be written, or a file exists in a folder without results of these weights.
     """
     for path in (folder / f"evaluation.{suffix}" for suffix in ("json", "csv", "png", "html")):
         check_out_file(path)
         if os.path.lexists(path) and not read_evaluation(folder, weights):
             raise InputError(
-                f"out: {path} exists, but {folder} has no results of these weights; remove it, or choose another folder"
+                f"out: {path} exists, but {folder} has no results of these weights; remove the file, or choose another "
+                "folder"
             )

@@ -1,7 +1,7 @@
 """A linear probe: multinomial logistic regression on standardized embeddings.
 
-The probe minimizes mean cross-entropy + strength / 2 · ‖W‖², where W are the weights without the bias. This is
-scikit-learn's LogisticRegression with C = 1 / (strength · N) behind its StandardScaler.
+The probe minimizes mean cross-entropy + strength / 2 · ‖W‖², where W are the weights without the bias. The same probe
+in scikit-learn is StandardScaler, followed by LogisticRegression with C = 1 / (strength · N).
 
 Shapes: N training samples, Q queries, D channels, C classes.
 """
@@ -25,32 +25,32 @@ class LinearProbe(NamedTuple):
     """A fitted classifier of embeddings."""
 
     classes: Tensor
-    """The label of each class, in ascending order, (C,) int."""
+    """Labels of the classes in ascending order, (C,) int."""
     weight: Tensor
-    """Weights, (C, D) float64, for embeddings that are not standardized: the weights include the standardization."""
+    """Weights for embeddings that are not standardized, (C, D) float64."""
     bias: Tensor
     """Bias of each class, (C,) float64."""
     strength: float
-    """Strength of the L2 penalty."""
+    """Strength of the L2 penalty on the weights for standardized embeddings."""
     converged: bool
-    """True if the solver ended before ``MAX_EVALUATIONS``."""
+    """True if the solver needed fewer than ``MAX_EVALUATIONS`` evaluations of the loss."""
 
     def predict(self, embeddings: Tensor) -> Tensor:
-        """Predict the labels of embeddings, (Q, D) → (Q,)."""
+        """Return the predicted labels, (Q,), of embeddings, (Q, D)."""
         return self.classes[(embeddings.double() @ self.weight.T + self.bias).argmax(dim=1)]
 
 
 def linear_probe_accuracy(
     train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, strength: float | None = None
 ) -> float:
-    """Return the share of test samples, from 0 to 1, whose label a linear probe fitted to the train samples predicts.
+    """Return the test accuracy, from 0 to 1, of a linear probe fitted to the train samples.
 
     Args:
         train: Train embeddings, (N, D).
         train_labels: Labels of the train samples, (N,) int.
         test: Test embeddings, (Q, D), Q ≥ 1.
         test_labels: Labels of the test samples, (Q,) int.
-        strength: L2 penalty strength; default: as :func:`fit_linear_probe` chooses.
+        strength: L2 penalty strength; default: chosen by :func:`fit_linear_probe`.
 
     Example:
         >>> labels = torch.arange(100) % 2
@@ -63,17 +63,13 @@ def linear_probe_accuracy(
 
 
 def fit_linear_probe(train: Tensor, labels: Tensor, strength: float | None = None) -> LinearProbe:
-    """Fit a linear probe by L-BFGS in float32; the result is reproducible on the same machine.
-
-    By default, the strength is chosen on a random tenth of the samples: probes with the ``STRENGTHS``, from the
-    largest down, are fitted to the other samples, until two in a row are worse than the best. Of equally good
-    strengths, the largest is chosen. The probe is then fitted to all samples.
+    """Fit a linear probe by L-BFGS in float32.
 
     Args:
-        train: Embeddings, (N, D), of any float dtype, on the device that computes. The fit needs about twice the memory
-            of ``train`` besides.
+        train: Embeddings, (N, D), of any float dtype.
         labels: Labels of the embeddings, (N,) int.
-        strength: L2 penalty strength; default: chosen as above.
+        strength: L2 penalty strength; default: chosen from ``STRENGTHS`` by the accuracy on a random tenth of the
+            samples, before the probe is fitted to all samples.
     """
     # A callback measures in inference mode, in which nothing has a gradient.
     with torch.inference_mode(False), torch.enable_grad(), precision_of(None, train.device.type):
@@ -108,14 +104,8 @@ def fit_linear_probe(train: Tensor, labels: Tensor, strength: float | None = Non
 def _fit(
     x_ND: Tensor, targets_N: Tensor, variances_D: Tensor, num_classes: int, strength: float, tolerance: float
 ) -> tuple[Tensor, Tensor, bool]:
-    """Fit a probe to standardized embeddings, rotated to their principal directions.
-
-    At zero weights, the loss has the curvature variance / C + strength along each direction. The solver's unknowns are
-    the weights along a direction times the root of its curvature: so collinear channels do not slow the solver down.
-
-    Returns:
-        Weights, (C, D); bias, (C,); and whether the solver converged.
-    """
+    """Return the weights, (C, D), the bias, (C,), and whether the solver converged."""
+    # Scaled by the root of the loss's curvature at zero weights: collinear channels would slow the solver down.
     scale_D = (variances_D / num_classes + strength).rsqrt()
     u_CD = scale_D.new_zeros(num_classes, len(scale_D)).requires_grad_()
     bias_C = scale_D.new_zeros(num_classes).requires_grad_()

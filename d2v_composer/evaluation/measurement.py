@@ -1,4 +1,4 @@
-"""Measure the table rows of an evaluation, given every model's embeddings of a set; several ranks share the searches.
+"""Compute an evaluation's results from every model's embeddings of a set.
 
 Shapes: N samples of a part, Q queries, K neighbors, D channels.
 """
@@ -31,18 +31,16 @@ def measure(
     infos: Mapping[str, EmbeddingInfo] = {},
     weights: Mapping[str, str] = {},
 ) -> Iterator[Result]:
-    """Yield a result for each row, embedding and column; each rank takes its share of the queries.
-
-    One embedding is looked up at a time, because all at once may take gigabytes on the device.
+    """Yield the results of all rows, the same on every rank.
 
     Args:
         rows: The rows to measure.
-        embedded: Model → embeddings of the set, as :func:`~d2v_composer.evaluation.embedded_set.embed_set` gives them.
-        dataset: The set's name.
+        embedded: Name of a model → result of :func:`~d2v_composer.evaluation.embedded_set.embed_set` for the set.
+        dataset: Name of the set.
         labeled: The set.
         settings: Settings of the evaluation.
-        infos: Model → description of its embedding, if known.
-        weights: Model → hash of its weights, if known.
+        infos: Name of a model → description of the model's embedding, if known.
+        weights: Name of a model → hash of the model's weights, if known.
     """
     pairs = PairLoader(embedded, labeled, settings, infos)
     metrics = [(metric, settings.columns(labeled, metric)) for metric in settings.metrics(labeled)]
@@ -53,7 +51,7 @@ def measure(
             pair.title = f"{dataset}, {row.title}" if is_headline and settings.ranks.rank == 0 else ""
             info_of_queries = pairs.info(queries)
             for metric, columns in metrics:
-                if needs_texts := "texts" in metric.needs:  # are the bank, so that one row of a model is enough
+                if needs_texts := "texts" in metric.needs:  # the texts are the bank, so one row of a model is enough
                     is_measured = queries == bank and pairs.fits_texts(queries, info_of_queries)
                 else:
                     is_measured = is_headline or settings.needs_all
@@ -72,7 +70,7 @@ def measure(
 
 
 class PairLoader:
-    """Every model's embeddings of a set, as pairs of queries and a bank on the device."""
+    """Pairs of queries and a bank, made from every model's embeddings of a set."""
 
     def __init__(
         self,
@@ -89,14 +87,14 @@ class PairLoader:
         self.labels, self.neighbors_of_teacher = cache(self._labels), cache(self._neighbors_of_teacher)
 
     def pair(self, queries: Side, bank: Side) -> Pair:
-        """Return the pair of two sides; its embeddings are moved to the device when they are first read."""
+        """Return the pair of the given queries and bank."""
         in_queries = cache(partial(self.vectors, queries))
         in_bank = in_queries if bank == queries else cache(partial(self.vectors, bank))
         teacher = partial(self.neighbors_of_teacher, queries.embedding)
         return Pair(in_queries, in_bank, self.labels, self.search, teacher, self.widths)
 
     def vectors(self, side: Side, part: str) -> Tensor:
-        """Return the embeddings of all samples of a part, gathered from all ranks, on the device, (N, D)."""
+        """Return a part's embeddings, gathered from all ranks, (N, D), on the device."""
         settings, classes = self.settings, self.labeled.class_embeddings
         if part == CLASSES and classes is not None:
             return settings.to_device(classes)
@@ -104,7 +102,7 @@ class PairLoader:
         return settings.ranks.gather(share, self.labeled.num_samples[part != "train"])
 
     def search(self, bank: Tensor, queries: Tensor, k: int) -> TopK:
-        """Search for this rank's share of the queries; return the neighbors of all ranks' queries, (Q, k)."""
+        """Return the k nearest bank samples of each query, (Q, k); the ranks share the search."""
         self.settings.before_batch()
         ranks = self.settings.ranks
         nearest = exact_neighbors(bank, ranks.rows_of_rank(queries), k)
@@ -117,7 +115,7 @@ class PairLoader:
         return EmbeddingInfo(side.embedding, "raw", self.embedded[side.model]["test"][side.embedding].shape[1], "")
 
     def fits_texts(self, queries: Side, info: EmbeddingInfo) -> bool:
-        """Return whether embeddings are in the space of the set's text embeddings."""
+        """Return whether the queries' embedding is or estimates a ``joint`` embedding as wide as the set's texts."""
         classes = self.labeled.class_embeddings
         return (
             queries.embedding == EMBEDDING
@@ -134,7 +132,6 @@ class PairLoader:
         return self.settings.to_device(getattr(self.labeled, part).labels)
 
     def _neighbors_of_teacher(self, embedding: str) -> Tensor:
-        """Return :func:`nearest_others` in the teacher's embedding of this name or, without it, in its headline."""
         names = self.embedded[TEACHER]["test"]
         if embedding not in names:
             embedding = find_headline(self.settings.headline, names, self.infos.get(TEACHER))

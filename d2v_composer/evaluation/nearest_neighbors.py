@@ -1,4 +1,4 @@
-"""Find exact nearest neighbors by cosine, for accuracies, votes and agreement; split the work among ranks.
+"""Find exact nearest neighbors by cosine, and compute accuracies and agreement from the neighbors.
 
 Shapes: N bank samples, Q queries, K neighbors, D channels.
 """
@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from d2v_composer.models.precision import precision_of
 
-# Bank images and queries compared at once: 64 MiB of similarities. Larger matrix products are no faster.
+# Bank samples and queries compared at once: 64 MiB of similarities. Larger matrix products are no faster.
 BANK_PART, QUERY_PART = 1 << 13, 1 << 11
 # Bytes put in order in float64 at once. On a CPU they stay in its cache: allocating more took longer than the rest.
 CPU_PART, GPU_PART = 4 << 20, 256 << 20
@@ -42,11 +42,11 @@ class TopK(NamedTuple):
 def nearest_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
     """Return each query's k nearest neighbors by cosine, nearest first: cosines and bank indices, (Q, k) each.
 
-    The search is exact in float32; ties come in any order. Memory besides the arguments and the result is bounded.
+    Cosines are computed in float32; neighbors with equal cosines come in any order.
 
     Args:
-        bank: Vectors to search, (N, D), of any float dtype and any length.
-        queries: Vectors whose neighbors are searched, (Q, D), of any float dtype and any length.
+        bank: Vectors to search, (N, D), of any float dtype.
+        queries: Vectors whose neighbors are searched, (Q, D), of any float dtype.
         k: Number of neighbors, from 1 to N.
 
     Raises:
@@ -73,12 +73,11 @@ def nearest_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
 
 
 def exact_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
-    """Return each query's k nearest neighbors like :func:`nearest_neighbors`, but in float64; the first wins a tie.
+    """Return each query's k nearest neighbors by cosine, nearest first: cosines and bank indices, (Q, k) each.
 
-    Where all samples have much in common, cosines are close to 1 and differ by less than float32 can tell. So k +
-    ``SPARE`` neighbors are found in float32, and put in order in float64. If more samples than these are equally near,
-    float32 decides which are found.
+    The k + ``SPARE`` nearest neighbors by float32 cosines are sorted by float64 cosines, then by bank index.
     """
+    # Where all samples have much in common, cosines are close to 1 and differ by less than float32 can tell.
     candidates = nearest_neighbors(bank, queries, max(k, min(k + SPARE, len(bank)))).indices.sort(dim=1).values
     part_bytes = CPU_PART if bank.device.type == "cpu" else GPU_PART
     at_once = max(1, part_bytes // (12 * candidates.shape[1] * bank.shape[1]))
@@ -92,11 +91,8 @@ def exact_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
 
 
 def top_k(similarities_QN: Tensor, k: int) -> TopK:
-    """Return the k largest values of each row (all values of a shorter row), largest first.
-
-    The search has two levels, because topk of a whole row is much slower than a maximum: the k groups of adjacent
-    columns with the largest maxima contain the k largest values.
-    """
+    """Return the k largest values in each row of (Q, N), largest first, and their columns; all values if N ≤ k."""
+    # topk is much slower than a maximum, and the k groups of columns with the largest maxima have the k largest values.
     num_rows, num_columns = similarities_QN.shape
     num_groups = num_columns // GROUP_SIZE
     if k >= num_groups:
@@ -113,7 +109,7 @@ def top_k(similarities_QN: Tensor, k: int) -> TopK:
 
 
 def retrieval_hits(nearest: Tensor, bank_labels: Tensor, query_labels: Tensor, ks: Sequence[int]) -> list[Tensor]:
-    """Return for each k a mask, (Q,) bool: True if any of a query's k nearest bank samples has its label.
+    """Return for each k a mask, (Q,) bool: True if any of a query's k nearest bank samples has the query's label.
 
     Args:
         nearest: Indices from :func:`exact_neighbors`, (Q, K).
@@ -128,7 +124,7 @@ def retrieval_hits(nearest: Tensor, bank_labels: Tensor, query_labels: Tensor, k
 def retrieval_accuracy(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, ks: Sequence[int] = (1, 3)
 ) -> dict[int, float]:
-    """Return the share of queries with the right label among their k nearest bank samples by cosine.
+    """Return for each k the share of queries whose label any of the query's k nearest bank samples by cosine has.
 
     Args:
         bank: Embeddings to search, (N, D).
@@ -153,23 +149,23 @@ def retrieval_accuracy(
 
 
 class Ranks(NamedTuple):
-    """The rank of this process, and the number of processes that share an evaluation."""
+    """The rank of this process, and the number of processes that share the work."""
 
     rank: int = 0
     world_size: int = 1
 
     def indices_of_rank(self, num_images: int) -> Tensor:
-        """Return this rank's sample indices: every ``world_size``-th, padded to the same number on all ranks."""
+        """Return the indices of this rank's samples, padded with zeros to the same number on all ranks."""
         mine = torch.arange(num_images)[self.rank :: self.world_size]
         missing = -(-num_images // self.world_size) - len(mine)
         return torch.cat([mine, mine.new_zeros(missing)])
 
     def rows_of_rank(self, images: Tensor) -> Tensor:
-        """Return the rows of this rank's samples, given the rows of all samples, (N, …)."""
+        """Return the rows at :meth:`indices_of_rank` of a tensor with a row for each sample, (N, …)."""
         return images if self.world_size == 1 else images[self.indices_of_rank(len(images)).to(images.device)]
 
     def gather(self, rows: Tensor, num_images: int) -> Tensor:
-        """Gather the rows of all ranks' samples, in the order of the samples, without the padding, (N, …)."""
+        """Return the rows of all samples, (N, …), given on each rank the rows at :meth:`indices_of_rank`."""
         if self.world_size == 1:
             return rows[:num_images]
         # Not all_gather: gloo's copies in its own threads, each of which starts a pool of OpenMP threads. If these are
@@ -185,12 +181,12 @@ ONE_RANK = Ranks()
 
 
 def vote(neighbors: TopK, bank_labels: Tensor, temperature: float | None) -> Tensor:
-    """Return the label for which most of each query's neighbors vote, (Q,). The smallest label wins a tie.
+    """Return the label with the most votes of each query's neighbors, (Q,); the smallest label wins a tie.
 
     Args:
         neighbors: Neighbors from :func:`exact_neighbors`, (Q, K).
         bank_labels: Labels of the bank, (N,) int.
-        temperature: A neighbor's vote counts exp(cosine / temperature), as in DINO; ``None``: all count the same.
+        temperature: A neighbor's vote has the weight exp(cosine / temperature); ``None``: all weights are equal.
     """
     classes, numbers = bank_labels.unique(return_inverse=True)
     weights_QK = torch.ones_like(neighbors.similarities)
@@ -209,7 +205,7 @@ def knn_accuracy(
     k: int = NUM_NEIGHBORS,
     temperature: float | None = TEMPERATURE,
 ) -> float:
-    """Return the share of queries, from 0 to 1, whose label wins the vote of their k nearest bank samples by cosine.
+    """Return the share of queries, from 0 to 1, whose label wins the vote of the k nearest bank samples by cosine.
 
     Args:
         bank: Embeddings to search, (N, D).
@@ -217,7 +213,7 @@ def knn_accuracy(
         queries: Embeddings of the queries, (Q, D), Q ≥ 1.
         query_labels: Labels of the queries, (Q,) int.
         k: Number of neighbors, from 1 to N.
-        temperature: Weights the votes; see :func:`vote`.
+        temperature: Temperature of the votes' weights; see :func:`vote`.
 
     Raises:
         ValueError: k is out of range.
@@ -238,7 +234,7 @@ def neighbor_agreement(embeddings: Tensor, others: Tensor, k: int = NUM_COMMON) 
 
     Args:
         embeddings: One model's embeddings, (N, D).
-        others: The other model's embeddings of the same samples, (N, any number of channels).
+        others: The other model's embeddings of the same samples, (N, D'), with any number of channels D'.
         k: Number of neighbors, from 1 to N - 1.
 
     Raises:
@@ -270,12 +266,17 @@ def nearest_others(images: Tensor, k: int = NUM_COMMON) -> Tensor:
 
 
 def others_of(nearest: Tensor, places: Tensor) -> Tensor:
-    """Remove each query's own index in the bank, ``places``, (Q,), from its neighbors: (Q, K + 1) → (Q, K)."""
+    """Return neighbors, (Q, K + 1), without the queries themselves, (Q, K).
+
+    Args:
+        nearest: Bank indices of each query's K + 1 nearest samples, nearest first.
+        places: Bank index of each query, (Q,).
+    """
     is_other = nearest != places[:, None]
-    is_other[is_other.all(dim=1), -1] = False  # an image with many copies need not be among its nearest
+    is_other[is_other.all(dim=1), -1] = False  # a sample with many copies need not be among its nearest
     return nearest[is_other].view(len(places), -1)
 
 
 def common_fractions(nearest: Tensor, reference: Tensor) -> Tensor:
-    """Return the share of each sample's K neighbors, (N, K), that two models have in common: (N,) float64."""
+    """Return the share of each sample's neighbors, (N, K), that are also in ``reference``, (N, K): (N,) float64."""
     return (nearest[:, :, None] == reference.to(nearest.device)[:, None]).any(dim=2).double().mean(dim=1)

@@ -1,4 +1,4 @@
-"""Results of an evaluation: hits of each query; accuracies, intervals and the teacher gap closed.
+"""Results of an evaluation, their intervals, and the teacher gap closed.
 
 Shapes: Q queries, K neighbors.
 """
@@ -22,31 +22,32 @@ NUM_RESAMPLES = 2000
 # A gap closed is stated if its 95 % interval is narrower than this share of the gap.
 WIDEST = 0.5
 Hits = NDArray[np.bool_ | np.float64]
-"""A model's result for each query, (Q,): True if the query is right, or a share from 0 to 1."""
+"""A number for each query, (Q,): True for a hit, or a share from 0 to 1."""
 
 
 class Result(NamedTuple):
-    """A cell of a table: the hits of one row's embedding, in one column, on one data set."""
+    """The measurement of one embedding of a table's row, in one column, on one data set."""
 
     row: str
-    """The row's title."""
+    """Title of the row."""
     dataset: str
     column: Column
     embedding: str
-    """Name of the embedding of the queries; '' if it is the only one and has no name."""
+    """Name of the queries' embedding; '' if the model does not name the embedding."""
     info: EmbeddingInfo
-    """Description of this embedding."""
+    """Description of the queries' embedding."""
     is_headline: bool
-    """True for the embedding that tables show."""
+    """True if tables show the result."""
     hits: Tensor
-    """Whether each query is right, (Q,) bool, or its share of common neighbors, (Q,) float64; on the host."""
+    """The hit of each query, (Q,) bool or, for neighbor agreement, the share of common neighbors, (Q,) float64; on the
+    host."""
     weights: str = ""
-    """Hash of the weights of the model that embeds the queries; '' if it has none."""
+    """Hash of the weights of the model that embeds the queries; '' if no hash is known."""
     batch: int = 0
-    """Number of training batches after which a run measured the row."""
+    """Number of training batches before the measurement."""
     nearest: Tensor | None = None
     """Indices of the train samples or, without labels, of the other test samples nearest to each test sample, nearest
-    first, (Q, K) int32; ``None`` if they are not kept."""
+    first, (Q, K) int32; ``None`` if the indices are not kept."""
 
     @property
     def accuracy(self) -> float:
@@ -59,7 +60,7 @@ class Result(NamedTuple):
         return accuracy_interval(self.hits.numpy())
 
     def plain(self) -> dict[str, Any]:
-        """Return the fields as plain values, for a checkpoint."""
+        """Return the fields as a dict for a checkpoint, which :func:`read_results` reads."""
         return self._asdict() | {"column": self.column._asdict(), "info": self.info._asdict()}
 
     @property
@@ -69,7 +70,7 @@ class Result(NamedTuple):
 
 
 def read_results(saved: Iterable[Mapping[str, Any]]) -> list[Result]:
-    """Return the results whose :meth:`Result.plain` was saved."""
+    """Return the results, given :meth:`Result.plain` of each."""
     return [
         Result(**{**fields, "column": Column(**fields["column"]), "info": EmbeddingInfo(**fields["info"])})
         for fields in saved
@@ -77,12 +78,12 @@ def read_results(saved: Iterable[Mapping[str, Any]]) -> list[Result]:
 
 
 def last_batch(results: Iterable[Result]) -> int:
-    """Return the batch after which a run last measured its student; 0 if it did not."""
+    """Return the number of training batches before the last measurement of the student; 0 without a measurement."""
     return max((result.batch for result in results if result.row == STUDENT), default=0)
 
 
 def pivot(results: Iterable[Result], dataset: str) -> dict[Column, dict[str, Result]]:
-    """Return column → row → result, for a data set and the headline; rows that are not in ``ROWS`` come last."""
+    """Return column → title of the row, in the order of tables → the result that tables show for a data set."""
     columns: dict[Column, dict[str, Result]] = {}
     for result in sorted(results, key=lambda result: (*ROWS, result.row).index(result.row)):
         if result.dataset == dataset and result.is_headline:
@@ -91,17 +92,17 @@ def pivot(results: Iterable[Result], dataset: str) -> dict[Column, dict[str, Res
 
 
 def heading(texts: Mapping[str, str]) -> str:
-    """Return the embedding in a table's title, given row → embedding: the teacher's, the student's, or the first."""
+    """Return the embedding to name in a table's title, given row → embedding in words; '' if no row names one."""
     return next((texts[row] for row in (*GAP[::-1], *texts) if texts.get(row)), "")
 
 
 def label(row: str, text: str, of_table: str) -> str:
-    """Return a row's title and, if its embedding ``text`` is another one than the table's, this embedding."""
+    """Return a row's title, with the row's embedding ``text`` if the embedding ``of_table`` is another."""
     return row if text in ("", of_table) else f"{row} ({'raw' if text.startswith('raw ') else text})"
 
 
 class Interval(NamedTuple):
-    """An estimate with its 95 % percentile interval over resampled queries (Efron 1979)."""
+    """An estimate and its 95 % interval, from bootstrap resamples of the queries (Efron 1979)."""
 
     value: float
     low: float
@@ -109,12 +110,12 @@ class Interval(NamedTuple):
 
 
 def accuracy_interval(hits: Hits) -> Interval:
-    """Return the mean of the queries' hits, fractions or differences of hits, (Q,), with its interval."""
+    """Return the mean of one number for each query, (Q,), with the mean's interval."""
     return Interval(float(hits.mean()), *np.percentile(resample(hits), [2.5, 97.5]).tolist())
 
 
 def are_comparable(*results: Result) -> bool:
-    """Return whether results have one data set, column and number of queries, and embeddings of one name and space."""
+    """Return True if the results have the same data set, column, number of queries and kind of embedding."""
     ways = {result.info.made_by for result in results} - {"teacher"}
     places = {(result.dataset, result.column, len(result.hits)) for result in results}
     embeddings = {(result.embedding, result.info.of) for result in results}
@@ -126,16 +127,17 @@ class GapClosed(NamedTuple):
     """The fraction of the gap from untrained student to teacher that the student closes."""
 
     interval: Interval | None
-    """``None`` if the fraction is too uncertain to be stated, or if there is no gap."""
+    """The fraction with its interval; ``None`` if the fraction is too uncertain, or the teacher not better than the
+    untrained student."""
     queries_needed: int = 0
-    """Approximate number of queries that would be enough, if there are too few; else 0."""
+    """If the fraction is too uncertain, roughly the number of queries that would be enough; else 0."""
 
 
 def gap_closed(cells: Mapping[str, Result]) -> GapClosed | None:
-    """Return the teacher gap closed in a column; ``None`` if the three models were not measured in one embedding.
+    """Return the teacher gap closed in a column, given row → result.
 
-    The fraction is stated if the teacher is clearly better than the untrained student, and if the interval of the
-    fraction is narrower than ``WIDEST``.
+    Returns:
+        ``None`` if results of the untrained student, the student or the teacher are missing or not comparable.
     """
     if not (cells.keys() >= {*GAP} and are_comparable(*(cells[row] for row in GAP))):
         return None  # a resume may change how the embedding is made
@@ -165,19 +167,17 @@ def round_up(number: int) -> int:
 def gap_closed_by_step(
     log: Log, dataset: str, embedding: str = "", k: int = 1, baselines: Log | None = None
 ) -> dict[int, float]:
-    """Return step → teacher gap closed: the mean over both banks, or the value for the only bank with a gap.
+    """Return the teacher gap closed in top-k retrieval, averaged over the banks in which the teacher is better.
 
     Args:
         log: Log of the student's run.
-        dataset: Name of the labeled set.
-        embedding: Name of the embedding, the same for student and teacher; '' for the headline.
-        k: The k of top-k.
-        baselines: The log with the untrained student (``retrieval.at_start``) and the teacher
-            (``retrieval.baselines``); default ``log``.
+        dataset: Name of the data set.
+        embedding: Name of the embedding; '' for the headline.
+        k: Number of neighbors.
+        baselines: Log with the accuracies of the untrained student and of the teacher; default: ``log``.
 
     Returns:
-        Training batches → teacher gap closed; empty if the log lacks the untrained student or the teacher, or if
-            neither bank has a gap.
+        Number of training batches → teacher gap closed; empty if the gap is unknown or not above 0.
     """
     values: dict[int, list[float]] = {}
     for bank in BANKS:
@@ -193,11 +193,10 @@ def gap_closed_by_step(
 def resample(*hits: Hits) -> NDArray[np.float64]:
     """Return the accuracies of S models in each of R bootstrap resamples of their common queries, (R, S).
 
-    Queries that the same models get right are interchangeable, so only the number of queries of each kind is drawn.
-
     Args:
         hits: Hits of each model, (Q,) each.
     """
+    # Queries with the same hits are interchangeable, so only their number is drawn.
     kinds, counts = np.unique(np.stack(hits, axis=1), axis=0, return_counts=True)
     num_queries = counts.sum()
     drawn = np.random.default_rng(0).multinomial(num_queries, counts / num_queries, size=NUM_RESAMPLES)

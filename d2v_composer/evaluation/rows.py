@@ -1,4 +1,4 @@
-"""Define the rows of an evaluation's tables, and the log keys of its numbers."""
+"""Define the rows of an evaluation's tables, and the log keys of accuracies."""
 
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
@@ -8,13 +8,13 @@ from d2v_composer.models.alignment import EmbeddingInfo
 from d2v_composer.models.names import EMBEDDING
 
 UNTRAINED, STUDENT, TEACHER = GAP = ("untrained student", "student", "teacher")
-"""The teacher gap lies between the first and the last of these models; agreement compares with the teacher."""
+"""The teacher gap is the difference between the accuracies of the teacher and of the untrained student."""
 IN_INDEX = "in the teacher's index"
 GAP_CLOSED = "teacher gap closed"
 
 
 class Side(NamedTuple):
-    """One side of a row, its queries or its bank: a model, and the name of an embedding of that model."""
+    """The queries or the bank of a row: the name of a model, and of an embedding of the model."""
 
     model: str
     embedding: str = ""
@@ -22,14 +22,14 @@ class Side(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of tables: a model's queries, looked up in the embeddings of the same or of another model."""
+    """A row of tables: a model that embeds the queries, and the same or another model that embeds the bank."""
 
     title: str
     """The row's name in tables, plots and reports."""
     key: str
-    """The row's part of a log key; '' for the student, before and after its training."""
+    """The row's part of a log key; '' for the untrained and the trained student."""
     color: str
-    """The color of the row in plots over training, as matplotlib names it; '' for none."""
+    """Matplotlib's color for the row in plots over training; '': the plots omit the row."""
     queries: Side
     bank: Side
 
@@ -39,15 +39,15 @@ class Row(NamedTuple):
 
     @property
     def changes_in_training(self) -> bool:
-        """True for a row that a run measures again and again; the others are measured once."""
+        """True if the untrained or the trained student is a model of the row."""
         return not self.models.isdisjoint((UNTRAINED, STUDENT))
 
     def is_measurable(self, models: Collection[str], infos: Mapping[str, EmbeddingInfo]) -> bool:
-        """Return whether the row's models are given and, if they are two, whether their embeddings are in one space.
+        """Return True if the row's models are given and, for a row of two models, the embeddings are in one space.
 
         Args:
             models: Names of the models.
-            infos: Model → description of its embedding, if known.
+            infos: Name of a model → description of the model's embedding, if known.
         """
         if not self.models <= {*models}:
             return False
@@ -60,15 +60,15 @@ class Row(NamedTuple):
     def sides(
         self, names: Collection[str], headline: str, info: EmbeddingInfo | None
     ) -> Iterator[tuple[Side, Side, bool]]:
-        """Yield, for each embedding: the queries, the bank, and True if the embedding is the row's headline.
+        """Yield, for each embedding of the row, the queries, the bank, and whether tables show the embedding.
 
         Args:
             names: Names of the embeddings of the model that embeds the queries.
             headline: Name of the embedding that tables show.
-            info: Description of the model's embedding, if known.
+            info: Description of the embedding of the model that embeds the queries, if known.
 
         Raises:
-            ValueError: None of the model's embeddings can be shown as the headline.
+            ValueError: Tables can show none of the embeddings; see :func:`find_headline`.
         """
         if self.queries.embedding:
             yield self.queries, self.bank, True
@@ -82,13 +82,10 @@ class Row(NamedTuple):
 
 
 def find_headline(headline: str, names: Collection[str], info: EmbeddingInfo | None) -> str:
-    """Return the name of the model's embedding that tables show as the headline.
-
-    A model that lacks the headline, such as the encoder alone, is shown by its output with the same pooling or by its
-    only embedding.
+    """Return the headline or, for a model without the headline, the name of the embedding that tables show instead.
 
     Raises:
-        ValueError: The model has no such embedding.
+        ValueError: The model has several embeddings, none of which can replace the headline.
     """
     of = info.of if info is not None and headline == EMBEDDING else headline
     for name in (headline, of, of.replace("layer_mean", "output"), "output_cls", "output_mean"):
@@ -100,7 +97,7 @@ def find_headline(headline: str, names: Collection[str], info: EmbeddingInfo | N
 
 
 def row_of(model: str, color: str = "") -> Row:
-    """Return the row of a model's queries in its own bank; its log key has the model's name, except for the student."""
+    """Return the row of a model that embeds queries and bank."""
     return Row(model, "" if model in (UNTRAINED, STUDENT) else model, color, Side(model), Side(model))
 
 
@@ -122,7 +119,7 @@ ROWS = {
 
 
 def rows_of(models: Collection[str], infos: Mapping[str, EmbeddingInfo] = {}) -> list[Row]:
-    """Return the rows that can be measured with some models: those of ``ROWS``, then one row for each further model."""
+    """Return the rows that can be measured with the given models, in the order of tables."""
     known = [row for row in ROWS.values() if row.is_measurable(models, infos)]
     return known + [row_of(model) for model in models if model not in ROWS]
 

@@ -1,4 +1,4 @@
-"""Read a run's log of metrics, which has JSON lines."""
+"""Read a run's log of metrics, a file of JSON lines."""
 
 import json
 import logging
@@ -14,22 +14,19 @@ Log = Mapping[str, Mapping[int, float]]
 
 
 def read_lines(path: Path) -> list[tuple[bytes, int, dict[str, float]]]:
-    """Return each line of a log with its step and its values.
-
-    Corrupt lines, such as one truncated by a kill, are skipped with a warning.
-    """
+    """Return each line of a log with the line's step and values by key; skip corrupt lines with a warning."""
     lines, entries = path.read_bytes().splitlines(), []
     for line in lines:
         with suppress(ValueError, TypeError, AttributeError, KeyError, RecursionError):
             entry = json.loads(line)
             entries.append((line, index(entry.pop("step")), {key: float(value) for key, value in entry.items()}))
     if num_corrupt := len(lines) - len(entries):
-        logging.getLogger(__name__).warning("%s: skipped %d corrupt lines of %d", path, num_corrupt, len(lines))
+        logging.getLogger(__name__).warning("%s: skipped corrupt lines: %d of %d", path, num_corrupt, len(lines))
     return entries
 
 
 def read_jsonl(path: Path) -> dict[str, dict[int, float]]:
-    """Read a log as key → step → value; if a step was logged again, the later value counts; see :func:`read_lines`."""
+    """Read a log as key → step → value; of several values for one key and step, the last one counts."""
     series: dict[str, dict[int, float]] = {}
     for _, step, values in read_lines(path):
         for key, value in values.items():

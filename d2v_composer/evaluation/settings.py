@@ -1,4 +1,4 @@
-"""The settings with which labeled sets are embedded and measured."""
+"""The settings of an evaluation."""
 
 import hashlib
 from collections.abc import Callable, Collection, Sequence
@@ -15,33 +15,33 @@ from d2v_composer.system.errors import InputError
 
 
 class Settings(NamedTuple):
-    """Settings with which labeled sets are embedded and measured."""
+    """Settings of an evaluation, for all of its sets."""
 
     headline: str
     """Name of the embedding that tables show."""
     ks: Sequence[int]
-    """Numbers of nearest neighbors among which hits are counted; each is at most the size of the smallest split."""
+    """Numbers of neighbors for top-k accuracies."""
     probes: Collection[str]
-    """Names of further metrics; on a set without labels, all metrics that need no labels are measured instead."""
+    """Names of the metrics besides retrieval for sets with labels."""
     augment: Augmentation | None
-    """Makes the two views of a sample; ``None``: there are no views."""
+    """The augmentation that makes the two views of a sample; ``None``: metrics that need views are left out."""
     batch_size: int
     """Number of samples that each rank embeds at once."""
     has_teacher: bool = False
-    """Whether there is a teacher to compare with."""
+    """True: the teacher is one of the models; False: metrics that need the teacher are left out."""
     needs_all: bool = False
-    """True: measure every embedding; False: measure the headline alone."""
+    """Measure every embedding of each model, not only the embedding that tables show."""
     to_device: Callable[[Tensor], Tensor] = lambda tensor: tensor
     """Moves a tensor to the device that embeds and searches."""
     before_batch: Callable[[], None] = lambda: None
-    """Called before each batch of samples and each search; an exception that it raises ends the measurement."""
+    """Called before each batch of samples and each search; an exception ends the measurement."""
     ranks: Ranks = ONE_RANK
-    """The rank of this process among those that share the work."""
+    """The rank of this process, and the number of ranks that share the work."""
     progress: str | None = None
     """Text of the progress bar before the name of the set; ``None``: no bar."""
 
     def metrics(self, labeled: EvaluationSet) -> list[Metric]:
-        """Return the metrics of a set, retrieval first; for a set without labels, those that need no labels."""
+        """Return the metrics to measure on a set; without labels, all metrics that can be measured."""
         has = {
             "labels": labeled.has_labels,
             "teacher": self.has_teacher,
@@ -59,11 +59,11 @@ class Settings(NamedTuple):
         return metric.columns(self.ks, sizes)
 
     def needs(self, labeled: EvaluationSet, what: str) -> bool:
-        """Return whether any metric that is measured on the set needs ``what``, such as ``views``."""
+        """Return True if a metric to measure on the set has ``what`` in ``Metric.needs``."""
         return any(what in metric.needs for metric in self.metrics(labeled))
 
     def conditions(self, name: str, labeled: EvaluationSet) -> dict[str, str]:
-        """Return dotted name → text, for everything that a set's numbers depend on besides the models."""
+        """Return dotted name → text, for the conditions that a resumed run must not change."""
         classes = labeled.class_embeddings
         conditions = {f"{name}.embedding": self.headline, f"{name}.images": labeled.fingerprint()}
         if self.needs(labeled, "views"):
@@ -76,7 +76,7 @@ class Settings(NamedTuple):
         """Check that a set has enough samples for every k and for agreement.
 
         Raises:
-            InputError: The set has too few samples.
+            InputError: The set has too few samples, or a k is below 1.
         """
         smallest, num_test, ks = min(filter(None, labeled.num_samples)), labeled.num_samples[1], self.ks
         if not 1 <= min(ks) <= max(ks) <= smallest:

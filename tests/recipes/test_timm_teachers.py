@@ -146,7 +146,7 @@ def test_an_evaluation_compares_zero_shot(
     models = [f"model={exported}", f"teacher={teacher}", sets_of(labeled, classes)]
     evaluate.main([*models, "probes=[zero_shot]", "ks=[1,3]", f"out={tmp_path}"])
     shown = capsys.readouterr().out
-    assert "Zero-shot classification of test by text embeddings of the classes on four, embedding" in shown
+    assert "Zero-shot classification of the test samples by text embeddings of the classes on four, embedding" in shown
     report = json.loads((tmp_path / "evaluation.json").read_text())
     names = [candidate["name"] for candidate in report["candidates"]]
     assert names == ["pixels", "untrained student", "student", "teacher"]

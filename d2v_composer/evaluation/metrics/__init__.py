@@ -1,4 +1,4 @@
-"""Metrics of embeddings, each in a file of its own, and the list of all metrics, in the order of tables."""
+"""The metrics of embeddings, in the order of tables."""
 
 from d2v_composer.evaluation.metrics.agreement import AGREEMENT
 from d2v_composer.evaluation.metrics.instance import INSTANCE
@@ -9,4 +9,4 @@ from d2v_composer.evaluation.metrics.zero_shot import ZERO_SHOT
 
 METRICS = (RETRIEVAL, KNN, LINEAR, ZERO_SHOT, AGREEMENT, INSTANCE)
 PROBES = METRICS[1:]
-"""The metrics that a YAML may choose as ``retrieval.probes``; retrieval is always measured."""
+"""The metrics that a YAML may choose as ``probes``."""

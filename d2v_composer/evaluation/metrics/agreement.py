@@ -12,7 +12,7 @@ from d2v_composer.evaluation.metrics.metric import Column, Metric, Pair, Table
 from d2v_composer.evaluation.nearest_neighbors import NUM_COMMON, common_fractions, others_of
 
 WITHOUT_LABELS = Table(
-    "without_labels", "Measured without labels", "Does a model find what the teacher finds, without labels?"
+    "without_labels", "Measured without labels", "How good are the embeddings, measured without labels?"
 )
 
 

@@ -1,4 +1,4 @@
-"""Instance retrieval: does one augmented view of a sample find the other view among those of all test samples?"""
+"""Instance retrieval: does one augmented view of a test sample find the sample's other view among all test samples?"""
 
 from collections.abc import Mapping, Sequence
 
@@ -18,7 +18,7 @@ def hits(pair: Pair, columns: Sequence[Column]) -> list[Tensor]:
 
 INSTANCE = Metric(
     "instance",
-    "looks for an augmented view of a sample among those of all test samples, given another view",
+    "finds the second of two augmented views of a sample among the second views of all test samples, given the first",
     WITHOUT_LABELS,
     frozenset({"views"}),
     columns,

@@ -1,6 +1,6 @@
-"""k-NN classification: is the label right that wins the vote of a test sample's 20 nearest train samples?
+"""k-NN classification: does a test sample's label win the vote of the sample's 20 nearest train samples?
 
-There are two votes: DINO's weighted vote (Caron et al. 2021, arXiv:2104.14294) and the plain majority.
+The vote is DINO's weighted vote (Caron et al. 2021, arXiv:2104.14294) or the majority.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from d2v_composer.evaluation.metrics.metric import Column, Metric, Pair, Table
 from d2v_composer.evaluation.nearest_neighbors import NUM_NEIGHBORS, TEMPERATURE, vote
 
 CLASSIFIERS = Table(
-    "probes", "Probes fitted on train, measured on test", "Do classifiers fitted to train find the right class?"
+    "probes", "Probes fitted to train, measured on test", "Do classifiers fitted to train find the right class?"
 )
 
 

@@ -11,7 +11,7 @@ from d2v_composer.evaluation.metrics.knn import CLASSIFIERS
 from d2v_composer.evaluation.metrics.metric import Column, Metric, Pair
 
 warn_once = cache(logging.getLogger(__name__).warning)
-"""Logs a warning once in a process, because a run measures its student many times."""
+"""Logs each warning once in a process."""
 
 
 def columns(ks: Sequence[int], sizes: Mapping[str, int]) -> list[Column]:
@@ -19,7 +19,7 @@ def columns(ks: Sequence[int], sizes: Mapping[str, int]) -> list[Column]:
 
 
 def hits(pair: Pair, columns: Sequence[Column]) -> list[Tensor]:
-    probe = fit_linear_probe(pair.bank("train"), pair.labels("train"))  # each rank fits it alone: it takes seconds
+    probe = fit_linear_probe(pair.bank("train"), pair.labels("train"))  # each rank fits the same probe, in seconds
     if pair.title and not probe.converged:
         warn_once(f"{pair.title}: the linear probe has not converged")
     return [probe.predict(pair.queries("test")) == pair.labels("test")]
@@ -27,7 +27,7 @@ def hits(pair: Pair, columns: Sequence[Column]) -> list[Tensor]:
 
 LINEAR = Metric(
     "linear",
-    "classifies a sample by a logistic regression, which takes seconds to fit for each model",
+    "classifies a sample by a logistic regression, fitted to the train samples",
     CLASSIFIERS,
     frozenset({"labels"}),
     columns,

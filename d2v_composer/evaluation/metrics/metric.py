@@ -1,4 +1,4 @@
-"""Metrics: a metric has a name, what it needs, its columns of tables, and a function from embeddings to hits.
+"""Define what a metric of embeddings consists of.
 
 Shapes: Q queries, N bank samples, K neighbors, D channels.
 """
@@ -19,28 +19,28 @@ CLASSES = "classes"
 
 
 class Table(NamedTuple):
-    """A table and a plot, for metrics that answer one question."""
+    """The table and the plot that metrics share."""
 
     name: str
     """The beginning of the plot's file name."""
     title: str
     """The beginning of the table's title."""
     question: str
-    """The title of the plot, in which {unit} stands for the samples' unit."""
+    """The first line of the plot's title, in which {unit} stands for the samples' unit."""
 
 
 class Column(NamedTuple):
-    """A number that a metric gives for each query: a column of tables."""
+    """A column of tables: one of the numbers that a metric computes for each query."""
 
     metric: str
     """Name of the metric."""
     bank: str
-    """The split that is searched, or to which a classifier is fitted; ``classes`` for text embeddings of the classes;
-    '' for the test samples among themselves."""
+    """``train`` or ``test``, the split that is searched or to which a classifier is fitted; ``classes``, the text
+    embeddings; or '' for the test samples or their views."""
     name: str
-    """Name in files."""
+    """Name of the column's measure in an evaluation's files."""
     k: int | None
-    """The number of neighbors that are used; ``None`` for a classifier."""
+    """Number of neighbors; ``None`` for the linear probe."""
     key: str
     """The column's part of a log key."""
     heading: str
@@ -48,17 +48,17 @@ class Column(NamedTuple):
 
 @dataclass
 class Pair:
-    """The embeddings of the queries and of the bank, of one model or of two, in all parts of a set.
+    """The embeddings of a set's parts as queries and as a bank, from one model or from two.
 
-    A part is 'train', 'test', one of :data:`VIEWS` of test, or ``classes``, which only the bank has.
+    A part is ``train``, ``test``, one of :data:`VIEWS` or, in the bank alone, :data:`CLASSES`.
     """
 
     queries: Callable[[str], Tensor]
-    """Returns a part's embeddings, (Q, D), on the device."""
+    """Returns a part's embeddings as queries, (Q, D), on the device."""
     bank: Callable[[str], Tensor]
-    """Returns a part's embeddings in the bank, (N, D), on the device."""
+    """Returns a part's embeddings as a bank, (N, D), on the device."""
     labels: Callable[[str], Tensor]
-    """Returns the label of each sample of a part; a view's label is the index of its sample."""
+    """Returns a part's labels, int, on the device; the labels of views and of text embeddings are 0, 1, 2, …."""
     search: Callable[[Tensor, Tensor, int], TopK]
     """Returns the k nearest bank samples of each query, given the bank, (N, D), the queries, (Q, D), and k."""
     teacher: Callable[[], Tensor]
@@ -66,13 +66,16 @@ class Pair:
     widths: Mapping[str, int] = field(default_factory=dict)
     """Bank → the largest number of neighbors that any metric asks for."""
     title: str = ""
-    """Name of the pair in a warning; '' for no warnings."""
+    """Name of the pair in warnings; '': no warnings."""
     found: dict[tuple[str, str], TopK] = field(default_factory=dict)
 
     def nearest(self, bank: str, queries: str, k: int) -> TopK:
-        """Return the k bank samples nearest to each query, given the parts of both, (Q, k); all of a smaller bank.
+        """Return the k nearest bank samples of each query, (Q, k), or all samples of a bank with fewer than k.
 
-        The result of a search is kept for all metrics.
+        Args:
+            bank: Part of the bank.
+            queries: Part of the queries.
+            k: Number of neighbors.
         """
         nearest = self.found.get((bank, queries))
         if nearest is None or nearest.indices.shape[1] < k:
@@ -86,14 +89,14 @@ class Metric(NamedTuple):
     """A metric of embeddings; :data:`~d2v_composer.evaluation.metrics.METRICS` lists all."""
 
     name: str
-    """Name in ``retrieval.probes`` of a YAML."""
+    """Name in a YAML."""
     about: str
-    """What the metric does, after its name in the description of ``retrieval.probes``."""
+    """The rest of a sentence that begins with the metric's name, for the description of a YAML's ``probes``."""
     table: Table
     needs: frozenset[str]
     """What the metric needs: any of ``labels``, ``teacher``, ``texts`` (embeddings of the classes) and ``views``."""
     columns: Callable[[Sequence[int], Mapping[str, int]], list[Column]]
-    """Returns the columns, given the numbers of neighbors that a YAML asks for (``ks``) and the size of each bank."""
+    """Returns the columns, given the numbers of neighbors for top-k accuracies and the size of each bank, if known."""
     hits: Callable[[Pair, Sequence[Column]], Iterable[Tensor]]
     """Returns for each column the hits of the queries: (Q,) bool, or float64 shares from 0 to 1."""
 

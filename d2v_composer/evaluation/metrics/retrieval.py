@@ -8,7 +8,7 @@ from d2v_composer.evaluation.metrics.metric import BANKS, Column, Metric, Pair, 
 
 
 def retrieval_from(bank: str, k: int) -> Column:
-    """Return the column of top-k with a bank, ``train`` or ``test``."""
+    """Return the column of top-k retrieval from a bank, ``train`` or ``test``."""
     return Column("retrieval", bank, "retrieval", k, f"bank_{bank}/top{k}", f"bank {bank} top-{k}")
 
 

@@ -1,4 +1,4 @@
-"""Zero-shot classification: is the text embedding of a sample's class among the nearest to the sample?"""
+"""Zero-shot classification: is the text embedding of a sample's class among the k nearest to the sample?"""
 
 from collections.abc import Mapping, Sequence
 
@@ -21,8 +21,8 @@ ZERO_SHOT = Metric(
     "classifies a sample by the nearest of the set's ``class_embeddings``",
     Table(
         "zero_shot",
-        "Zero-shot classification of test by text embeddings of the classes",
-        "Is the text of a sample's class the nearest?",
+        "Zero-shot classification of the test samples by text embeddings of the classes",
+        "Is the text embedding of a sample's class among the nearest?",
     ),
     frozenset({"labels", "texts"}),
     columns,
