@@ -1,7 +1,4 @@
-"""Read samples wherever they are: in folders, MDS, Parquet files, tars, zips and stores.
-
-``CONTAINERS`` describes each kind of file that holds many samples; help, errors and tables of guides use its texts.
-"""
+"""Read samples from local folders and files, web servers, object stores and the Hugging Face hub."""
 
 from collections.abc import Callable, Iterable
 from importlib import import_module
@@ -14,13 +11,13 @@ class Container(NamedTuple):
     suffix: str
     plural: str
     ids: str
-    """Form of a sample's id."""
+    """Form of a sample's id, such as ``FILE.zip/PATH``."""
     samples: str
-    """What the samples in the file are, as text for the guides."""
+    """Text for the guides: what a sample is in a file of this kind, and where its label comes from."""
     labels: str
-    """What ``--label-column`` takes, as text; empty if it takes nothing: folders in the file are classes and splits."""
+    """Text for the help of ``--label-column``: the allowed values; empty if files of this kind have no columns."""
     module: str
-    """Module whose ``list_samples`` lists the samples of a file; imported when it is needed."""
+    """Name of the module, in this package, that contains the function ``list_samples`` for this kind."""
 
     @property
     def list_samples(self) -> Callable[..., Any]:  # a SampleListing, whose module imports this one
@@ -51,13 +48,13 @@ CONTAINERS = (
 
 
 def path_of(name: str) -> str:
-    """Return a listed file's path without empty parts and '.'; '' if a part begins with '.', and so is hidden."""
+    """Return a path without empty parts and parts '.'; return '' if another part begins with '.' (hidden)."""
     parts = [part for part in name.split("/") if part not in ("", ".")]
     return "" if any(part.startswith(".") for part in parts) else "/".join(parts)
 
 
 def listed(words: Iterable[str]) -> str:
-    """Return words as text: a, b or c."""
+    """Join words to a text: ``a, b or c``."""
     *first, end = words
     return f"{', '.join(first)} or {end}" if first else end
 
@@ -69,13 +66,13 @@ COLUMN = (
     "The column that holds the samples; in tars, the suffix of their files. Default: the only column that can hold "
     "samples; in MDS, image or audio."
 )
-CHOOSE = "choose one with --column or, in a YAML, with column and label_column"
+CHOOSE = "choose one with --column or --label-column or, in a YAML, with column or label_column"
 LABEL_COLUMN = ", ".join(f"for {container.plural} {container.labels}" for container in CONTAINERS if container.labels)
 # Values of ``format`` of a labeled set; those of LOCAL need a folder on this machine.
 LOCAL = ("cifar10", "cifar100", "speech_commands", "mds", "folder")
 FORMATS = (*LOCAL, *(container.suffix[1:] for container in CONTAINERS))
 FORMAT = (
-    "Format of the data set; null finds it from the files in ROOT. Set it for CIFAR, for Speech Commands, and if ROOT "
-    "holds several formats: " + listed(f"``{name}``" for name in FORMATS)
+    "Format of the data set. If null, the format is found from the files in ROOT; set it for CIFAR, for Speech "
+    "Commands, and if ROOT holds files of several formats. Allowed: " + listed(f"``{name}``" for name in FORMATS)
 )
 IDS = ", ".join(container.ids for container in CONTAINERS)

@@ -1,4 +1,4 @@
-"""List the samples of an archive of folders, whatever its format."""
+"""List and read the samples of an archive whose folders are splits and classes."""
 
 from array import array
 from collections import Counter
@@ -17,18 +17,18 @@ from d2v_composer.system.errors import InputError, UnreadableSampleError
 
 
 class Member(NamedTuple):
-    """A file in an archive."""
+    """A file or folder in an archive."""
 
     name: str
-    """Its name as stored in the archive."""
+    """The name as stored in the archive."""
     path: str
-    """Its name with slashes between folders; a folder's ends in a slash."""
+    """The name with slashes as separators; the path of a folder ends with a slash."""
     size: int
-    """Number of bytes of its uncompressed content."""
+    """Size of the uncompressed content, in bytes."""
     place: tuple[int, ...]
-    """Whole numbers with which ``Read`` finds and reads the member; all members have equally many."""
+    """Whole numbers from which a :data:`Read` function finds the content; their count is the same for all members."""
     fault: str = ""
-    """Why it cannot be read, as the end of 'PATH is …'; '' if it can be read."""
+    """Why the member cannot be read, as the end of the message 'PATH is …'; '' if the member can be read."""
 
 
 Read = Callable[[BinaryIO, str, int, tuple[int, ...]], bytes]
@@ -36,10 +36,10 @@ Read = Callable[[BinaryIO, str, int, tuple[int, ...]], bytes]
 
 
 def list_archive(snapshot: FileSnapshot, columns: Columns, members: Iterable[Member], read: Read) -> SampleListing:
-    """List the samples of an archive, with their paths in the archive, whose folders are splits and classes.
+    """List the samples of an archive; the ``labels`` of the listing are the samples' paths in the archive.
 
     Raises:
-        InputError: A sample cannot be read, or two samples have the same path.
+        InputError: A sample has a ``fault``, or two samples have the same path.
     """
     left_out, names, paths, places = Counter[str](), list[str](), list[str](), array("q")
     for member in members:
@@ -67,7 +67,6 @@ def list_archive(snapshot: FileSnapshot, columns: Columns, members: Iterable[Mem
 
 
 def _load(snapshot: FileSnapshot, ids: PackedStrings, table: Int64Array, read: Read, number: int) -> bytes:
-    """Read a member at its known place; a format's own reader would first read the names of all members."""
     path = ids[number].removeprefix(snapshot.file.path)
     size, *place = table[number].tolist()
     if size > MAX_BYTES:

@@ -1,7 +1,4 @@
-"""Read images with boxes: a folder of images, and a JSON file in COCO's format.
-
-Shapes: N images; K boxes of all images, sorted by image.
-"""
+"""Read the boxes and the paths of a folder of images from a JSON file in COCO's format."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -16,8 +13,8 @@ from d2v_composer.sources.source import Int64Array, PackedStrings
 from d2v_composer.system.errors import InputError, reading
 from d2v_composer.system.files import sha256
 
-SMALLEST = 0.1
-"""Smallest width and height of a box, in pixels; at large coordinates, float32 would round smaller ones to 0."""
+SMALLEST = 0.1  # at large coordinates, float32 would round smaller widths to 0
+"""Smallest width and height of a box, in pixels."""
 
 
 class _Image(BaseModel):
@@ -46,25 +43,25 @@ class _File(BaseModel):
 
 
 class Boxes(NamedTuple):
-    """Images of a folder and their boxes."""
+    """The N images of a folder, and their K boxes, sorted by image."""
 
     folder: Path
     names: PackedStrings
-    """Path of each image in the folder."""
+    """Path of each image, relative to ``folder``."""
     sizes: Int64Array
     """Width and height of each image, in pixels, (N, 2)."""
     first: Int64Array
-    """Index of each image's first box in ``boxes``, then K, the number of boxes, (N + 1,)."""
+    """Image i has the boxes from ``first[i]`` to ``first[i + 1]``, exclusive, (N + 1,)."""
     boxes: NDArray[np.float32]
     """Left, top, right and bottom of each box, in pixels, (K, 4)."""
     labels: Int64Array
-    """Label of each box, (K,): the position of its category in ``class_names``, from 1."""
+    """Position of each box's category in ``class_names``, counted from 1, (K,)."""
     crowds: NDArray[np.bool_]
-    """Whether each box surrounds several things (COCO's ``iscrowd``), (K,)."""
+    """COCO's ``iscrowd`` of each box, (K,)."""
     class_names: Mapping[int, str]
-    """Category's id → its name, by ascending id; ids may have gaps."""
+    """Id of a category → name of the category, by ascending id."""
     left_out: int
-    """Number of boxes of the JSON file that :func:`read_coco` left out."""
+    """Number of boxes that :func:`read_coco` left out."""
     sha256: str
     """SHA-256 of the JSON file, in hexadecimal."""
 
@@ -73,14 +70,13 @@ class Boxes(NamedTuple):
 
 
 def read_coco(folder: Path, file: Path, with_crowds: bool) -> Boxes:
-    """Read and check COCO's JSON file, and find the images.
+    """Read a JSON file in COCO's format, and check that its images are in ``folder``.
 
-    Boxes are clipped to their image. Boxes whose width or height is then below :data:`SMALLEST` are left out and,
-    without ``with_crowds``, so are crowds.
+    Boxes are clipped to their image. Boxes whose width or height is then below :data:`SMALLEST` are left out. Without
+    ``with_crowds``, boxes with ``iscrowd`` are also left out.
 
     Raises:
-        InputError: The file is not in COCO's format, or has no images; or, with a line for each kind of problem, an
-            image is missing, an id or a file name occurs twice, or a box's image or category is not listed.
+        InputError: The file cannot be read, contradicts itself, lists no images, or lists images that are missing.
     """
     with reading(file):
         try:
@@ -97,15 +93,15 @@ def read_coco(folder: Path, file: Path, with_crowds: bool) -> Boxes:
         "images that are not in the folder": (
             name for image in images if not (folder / (name := image.file_name)).is_file()
         ),
-        "ids of several images": repeated(image.id for image in images),
-        "file names of several images": repeated(image.file_name for image in images),
-        "ids of several categories": repeated(category.id for category in categories),
-        "images that have boxes and are not listed": {row.image_id for row in rows} - position.keys(),
-        "categories that have boxes and are not listed": {row.category_id for row in rows} - label_of.keys(),
+        "ids that several images have": repeated(image.id for image in images),
+        "file names that several images have": repeated(image.file_name for image in images),
+        "ids that several categories have": repeated(category.id for category in categories),
+        "ids of images that have boxes and are not listed": {row.image_id for row in rows} - position.keys(),
+        "ids of categories that have boxes and are not listed": {row.category_id for row in rows} - label_of.keys(),
     }
     found = {kind: cases for kind, them in problems.items() if (cases := sorted(them, key=str))}
     if found or not images:
-        lines = [f"{len(cases)} {kind}; the first: {cases[0]}" for kind, cases in found.items()] or ["lists no images"]
+        lines = [f"{kind}: {len(cases)}; the first: {cases[0]}" for kind, cases in found.items()] or ["lists no images"]
         raise InputError(*(f"{file}: {line}" for line in lines))
     rows.sort(key=lambda row: position[row.image_id])  # stable
     owner = np.array([position[row.image_id] for row in rows], np.int64)

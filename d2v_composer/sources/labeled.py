@@ -1,4 +1,4 @@
-"""Load labeled samples into memory, for retrieval and the test splits of fine-tuning, and make batches of them."""
+"""Load labeled samples into memory, and make batches of them."""
 
 import hashlib
 import json
@@ -38,33 +38,33 @@ log = logging.getLogger(__name__)
 
 
 def evenly_spaced(total: int, maximum: int | None) -> Sequence[int]:
-    """Return ``maximum`` evenly spaced whole numbers below ``total``; all if there are fewer, or for ``None``."""
+    """Return at most ``maximum`` evenly spaced whole numbers from 0 to ``total`` - 1; ``None``: return all."""
     if maximum is None or maximum >= total:
         return range(total)
     return [number * total // maximum for number in range(maximum)]
 
 
 class LabeledSamples(NamedTuple):
-    """Samples with one label each; in a set without labels, each label is 0."""
+    """Samples and their labels. In a set without labels, each sample has the label 0."""
 
     samples: Any
-    """Images, (N, 3, height, width) uint8; or a list of N clips at 16 kHz, (L,) float32 each."""
+    """Images, (N, 3, height, width) uint8; or a list of N clips at 16 kHz, each (L,) float32."""
     labels: Tensor
-    """(N,) int64."""
+    """Label of each sample, (N,) int64."""
 
 
 class EvaluationSet(NamedTuple):
-    """Two splits, each the bank for the other's queries; or only test samples, without labels (all 0)."""
+    """The splits train and test of a data set; without labels, ``train`` has no samples."""
 
     train: LabeledSamples
     test: LabeledSamples
     class_names: tuple[str, ...] = ()
-    """Name of each label; empty if the labels are only numbers."""
+    """Name of each label; empty if the names are unknown."""
     class_embeddings: Tensor | None = None
-    """A text tower's embedding of each of C labels, (C, P) float32."""
+    """Embeddings of the C class names by a text tower, (C, P) float32."""
 
     def numbered(self) -> "EvaluationSet":
-        """Return the set with its labels renumbered from 0 without gaps; names and class embeddings follow them."""
+        """Return the set with labels renumbered from 0 without gaps, and class names and embeddings in that order."""
         if not self.has_labels:
             return self
         values, numbers = torch.cat([self.train.labels, self.test.labels]).unique(return_inverse=True)
@@ -81,11 +81,8 @@ class EvaluationSet(NamedTuple):
         )
 
     def fingerprint(self) -> str:
-        """Return a hash of the labels, to identify the set. Pixels are left out: they vary with the decoder.
-
-        For a set without labels, the number of samples, their mean value, rounded to a whole number, and the lengths of
-        clips are hashed.
-        """
+        """Return a hash that identifies the set: of the labels or, without labels, of statistics of the samples."""
+        # Pixels are not hashed, because they vary with the decoder.
         labels = [split.labels.tolist() for split in (self.train, self.test)]
         if not self.has_labels:
             sizes, sums = ([getattr(sample, kind)() for sample in self.test.samples] for kind in ("numel", "sum"))
@@ -93,7 +90,7 @@ class EvaluationSet(NamedTuple):
         return hashlib.sha256(json.dumps(labels).encode()).hexdigest()
 
     def count_shared(self) -> int:
-        """Return the number of test samples that are identical, bit by bit, to a train sample."""
+        """Return the number of test samples whose decoded values equal those of a train sample."""
         train, test = ([xxh3_128_digest(sample.contiguous().numpy()) for sample in samples] for samples, _ in self[:2])
         return sum(map({*train}.__contains__, test))
 
@@ -104,12 +101,11 @@ class EvaluationSet(NamedTuple):
 
     @property
     def has_labels(self) -> bool:
-        """True if the set has labels; False if it has only test samples."""
         return len(self.train.labels) > 0
 
     @property
     def num_samples(self) -> tuple[int, int]:
-        """Number of samples in train and test."""
+        """Numbers of samples in train and in test."""
         return len(self.train.labels), len(self.test.labels)
 
 
@@ -126,29 +122,25 @@ def load_labeled_set(
     max_images: int | None = None,
     class_embeddings: str | Path | None = None,
 ) -> EvaluationSet:
-    """Load a labeled set; or a set without labels: a folder without class folders, or with ``label_column=None``.
+    """Load the splits train and test of a labeled set, or only the test samples of a set without labels.
 
     Args:
-        format: ``cifar10`` or ``cifar100`` for torchvision's files in ``root``; ``speech_commands`` for its unpacked
-            archive; ``None`` for whatever ``root`` holds: MDS in root/train and root/test, or what
-            :func:`~d2v_composer.sources.open.open_source` opens, with splits train, and test, validation or val. If
-            ``root`` holds several kinds, another value of :data:`~d2v_composer.sources.FORMATS` chooses. Without
-            labels, only the test split is read, or the whole root if it has no splits.
-        root: The folder, or another source of :func:`~d2v_composer.sources.open.open_source`.
-        modality: Modality of the samples; default: images.
-        image_size: Pixels per side, or (height, width), to which images are resized when they are loaded. CIFAR's
-            images keep their size until the model resizes them, in batches on the device.
-        interpolation: Interpolation of the resizing: bicubic or bilinear, as in the model's config.
-        download: Fetch CIFAR if it is missing.
+        format: One of :data:`~d2v_composer.sources.FORMATS`; ``None``: the format of the files in ``root``, which must
+            not be CIFAR or Speech Commands.
+        root: For CIFAR, the folder of torchvision's files; for Speech Commands, the folder of its unpacked archive; for
+            MDS, the folder of the data sets train and test; for other formats, a source of
+            :func:`~d2v_composer.sources.open.open_source`.
+        modality: Modality of the samples; default: images, resized to ``image_size``.
+        image_size: Pixels per side, or (height, width). CIFAR's images are not resized.
+        interpolation: Interpolation with which images are resized: ``bicubic`` or ``bilinear``.
+        download: Download CIFAR to ``root`` if it is missing.
         column: The column that holds the samples; see :func:`~d2v_composer.sources.open.open_source`.
-        label_column: The column that holds the labels; ``None`` for no labels.
-        max_images: Load at most this many samples of each split, evenly spaced; the others are not decoded.
-        class_embeddings: A .npy file, (C, P), with a text tower's embedding of each class, in the order of the class
-            names.
+        label_column: The column that holds the labels; ``None``: load no labels. CIFAR and Speech Commands ignore it.
+        max_images: Maximum number of samples of each split, which are evenly spaced; default: all.
+        class_embeddings: A .npy file, (C, P), with a text tower's embedding of each class, in the order of the labels.
 
     Raises:
-        InputError: The set is missing or corrupt, or has no samples of the modality; ``max_images`` selects samples of
-            only one class; or ``class_embeddings`` does not fit the classes.
+        InputError: The set cannot be read, or does not fit an argument.
 
     Example:
         >>> cifar10 = load_labeled_set("mds", "cifar10", image_size=32, max_images=100)
@@ -182,13 +174,13 @@ def load_labeled_set(
 def open_labeled_sets(
     section: Mapping[str, Json], modality: Modality, **changes: Json
 ) -> dict[str, Callable[[], EvaluationSet]]:
-    """Return name → function that loads the set, with its labels renumbered, for each data set that is not null.
+    """Return name of a data set → function that loads the data set with its labels renumbered.
 
     Args:
-        section: A section such as a YAML's ``retrieval``. Its ``datasets`` are names with the arguments of
-            :func:`load_labeled_set`; its ``max_images`` applies to those without their own.
+        section: A section such as a YAML's ``retrieval``: ``datasets``, a data set's name → its arguments of
+            :func:`load_labeled_set`, or null to leave the data set out; and ``max_images``, the default for all.
         modality: Modality of the samples.
-        **changes: Arguments of :func:`load_labeled_set` that replace the section's.
+        **changes: Arguments of :func:`load_labeled_set` that replace those of the section.
     """
 
     def load(options: Mapping[str, Json]) -> EvaluationSet:
@@ -200,7 +192,7 @@ def open_labeled_sets(
 
 
 ONLY_SAMPLES = {"download": False, "class_embeddings": None}
-"""Changes with which :func:`open_labeled_sets` reads samples and labels alone, and downloads nothing."""
+"""Arguments with which :func:`open_labeled_sets` downloads no CIFAR and reads no class embeddings."""
 
 
 def _read_class_embeddings(path: Path, labeled: EvaluationSet) -> Tensor:
@@ -212,13 +204,14 @@ def _read_class_embeddings(path: Path, labeled: EvaluationSet) -> Tensor:
     num_classes = len(labeled.class_names) or max(num_labels, len(rows))
     if rows.ndim != 2 or len(rows) != num_classes or not rows.isfinite().all():
         raise InputError(
-            f"{path}: expected finite numbers, a row for each of {num_classes} classes, got {tuple(rows.shape)}"
+            f"{path}: expected finite numbers, in one row for each of {num_classes} classes; the array's shape is "
+            f"{tuple(rows.shape)}"
         )
     return rows
 
 
 def open_cifar(name: str, root: Path, download: bool) -> dict[str, Source]:
-    """Open the splits train and test of torchvision's CIFAR-10 or CIFAR-100; the images keep their 32 x 32 pixels.
+    """Open torchvision's CIFAR-10 (``cifar10``) or CIFAR-100 (``cifar100``): split, train or test → samples.
 
     Raises:
         InputError: The data set is missing, corrupt, or cannot be downloaded.
@@ -259,7 +252,7 @@ def open_cifar(name: str, root: Path, download: bool) -> dict[str, Source]:
 def _open_splits(
     root: str, modality: Modality, format: str | None, column: str | None, label_column: str | None
 ) -> list[Source]:
-    """Open train and test, both with labels; or, as the only source, the test samples of a set without labels."""
+    """Open the splits train and test or, without labels, only the test samples."""
     whole, *folders = (Path(root, name) for name in ("", "train", "test"))
     if format == "mds" or (format is None and any(map(is_mds, (whole, *folders)))):
         if label_column is None:
@@ -271,7 +264,9 @@ def _open_splits(
     kind = "" if format == "folder" else format and f".{format}"
     files = find_files(root, modality, column, label_column, split=None, kind=kind)
     if files is None:
-        raise InputError(f"{root}: MDS in a store cannot be evaluated; expected a folder on this machine")
+        raise InputError(
+            f"{root}: expected a local folder or, in a store, Parquet files, tars or zips; MDS must be local"
+        )
     unlabeled = replace(files, columns=Columns(modality, column if files.has_columns else None))
     if not files.has_columns or (label_column == "label" and unlabeled.in_folders):  # "label" is the default
         files = unlabeled
@@ -288,14 +283,10 @@ def _open_splits(
 
 
 def _open_speech_commands(root: Path, modality: Modality) -> list[Source]:
-    """Open Speech Commands v2 (Warden 2018, arXiv:1804.03209): one-second clips of 35 words.
-
-    The test split has the clips that testing_list.txt names; the train split, those that neither that file nor
-    validation_list.txt names. The validation clips and the background noise are not used.
-    """
+    """Open the splits train and test of Speech Commands v2 (Warden 2018, arXiv:1804.03209)."""
     with reading(root):
         if not (root / TEST_LIST).exists():
-            raise InputError(f"{root}: no {TEST_LIST}; unpack {SPEECH_COMMANDS} there")
+            raise InputError(f"{root}: no {TEST_LIST}; unpack {SPEECH_COMMANDS} in this folder")
         test, validation = ((root / name).read_text().split() for name in (TEST_LIST, VALIDATION_LIST))
     source = open_source(str(root), modality)
     clips = source.select([number for number, path in enumerate(source.ids) if "/" in path and path[0] != "_"])
@@ -305,8 +296,8 @@ def _open_speech_commands(root: Path, modality: Modality) -> list[Source]:
     splits = [clips.select(np.flatnonzero(mask)) for mask in (is_used, is_test)]
     if not all(map(len, splits)):
         raise InputError(
-            f"{root}: expected clips WORD/*.wav, some of them named in {TEST_LIST} and others in neither list; one of "
-            f"the two splits is empty ({len(clips)} clips in all)"
+            f"{root}: expected clips WORD/*.wav for training, and clips named in {TEST_LIST} for the test; got "
+            f"{len(splits[0])} and {len(splits[1])}"
         )
     return splits
 
@@ -319,15 +310,15 @@ def _load(source: Source, max_images: int | None) -> LabeledSamples:
 
 
 def load_mds(folder: Path, modality: Modality, column: str | None, label_column: str | None) -> LabeledSamples:
-    """Load all samples of an MDS data set, with labels (see :func:`load_labeled_set` for the columns)."""
+    """Load all samples of an MDS data set; the columns are those of :func:`load_labeled_set`."""
     return _load(open_mds(Index(folder, modality, column, labels=label_column)), None)
 
 
 def read_class_names(root: Path) -> tuple[str, ...]:
-    """Return the class names that a conversion wrote next to the index in ROOT/train or ROOT/test, if any.
+    """Return the class names that a conversion recorded in ROOT/train and ROOT/test; empty if it recorded none.
 
     Raises:
-        InputError: The names of train and test differ, so that a label means another class in test than in train.
+        InputError: The class names of train and test differ, or cannot be read.
     """
     variants = set()
     for path in (root / split / SUMMARY for split in ("train", "test")):
@@ -335,24 +326,22 @@ def read_class_names(root: Path) -> tuple[str, ...]:
             variants.add(tuple(read_json(path, Summary).get("classes") or ()))
     names, *conflicts = sorted(variants - {()}) or [()]
     if conflicts:
-        raise InputError(f"{root}: train and test name their classes differently; convert both from one SOURCE")
+        raise InputError(f"{root}: train and test name their classes differently; convert both from the same SOURCE")
     return names
 
 
 def collate_labeled(pairs: Sequence[tuple[Tensor, int | Tensor]]) -> list[Tensor]:
-    """Return a batch of samples with labels: inputs, labels and, if some samples are padded, their lengths."""
+    """Return a batch: inputs, labels, (B,) int64, and, if samples were padded, their lengths, (B,) int64."""
     samples, labels = zip(*pairs, strict=True)
     values, *lengths = collate(samples)
     return [values, torch.tensor([int(label) for label in labels]), *lengths]
 
 
 def eval_batches(labeled: LabeledSamples, batch_size: int) -> DataLoader:
-    """Return a loader of this rank's samples, not augmented.
-
-    A sampler repeats samples until all ranks have equally many; Composer leaves the repeated ones out of metrics.
-    """
+    """Return a loader of this rank's share of the samples."""
     from composer.utils import dist
 
     dataset: Any = list(zip(*labeled, strict=True))
+    # The sampler repeats samples until all ranks have equally many; Composer leaves the repetitions out of metrics.
     options = {"sampler": dist.get_sampler(dataset), "pin_memory": torch.cuda.is_available()}
     return DataLoader(dataset, batch_size, collate_fn=collate_labeled, **options)

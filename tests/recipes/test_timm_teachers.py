@@ -238,7 +238,10 @@ TEXTS = "retrieval.datasets.four.class_embeddings"
         ("objectives.embedding.weight=0 alignment.max_samples=0", NO_EMBEDDING),
         ("objectives.embedding.weight=0 alignment.pooling=mean", NO_EMBEDDING),
         (f"{TEXTS}=FOLDER/narrow.npy", "class_embeddings of the data sets, with 128 columns; got 64"),
-        (f"{TEXTS}=FOLDER/few.npy", "few.npy: expected finite numbers, a row for each of 4 classes, got (3, 128)"),
+        (
+            f"{TEXTS}=FOLDER/few.npy",
+            "few.npy: expected finite numbers, in one row for each of 4 classes; the array's shape is (3, 128)",
+        ),
         (f"{TEXTS}=FOLDER/missing.npy", "missing.npy cannot be read: No such file or directory"),
         (f"{TEXTS}=null", "with 128 columns; got none"),
     ],

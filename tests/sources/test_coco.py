@@ -114,27 +114,27 @@ FIRST = "; the first: "
 BAD: dict[str, tuple[object, str]] = {
     "missing image": (
         changed(lambda c: c["images"][0].update(file_name="gone.jpg")),
-        "1 images that are not in the folder; the first: gone.jpg",
+        "images that are not in the folder: 1; the first: gone.jpg",
     ),
     "duplicate image ids": (
         changed(lambda c: c["images"][0].update(id=5)),
-        f"1 ids of several images{FIRST}5",
+        f"ids that several images have: 1{FIRST}5",
     ),
     "duplicate categories": (
         changed(lambda c: c["categories"][0].update(id=2)),
-        "1 ids of several categories; the first: 2",
+        "ids that several categories have: 1; the first: 2",
     ),
     "one image twice": (
         changed(lambda c: c["images"].append({**c["images"][0], "id": 7})),
-        "1 file names of several images; the first: a.jpg",
+        "file names that several images have: 1; the first: a.jpg",
     ),
     "unknown category": (
         changed(lambda c: c["annotations"][0].update(category_id=3)),
-        "1 categories that have boxes and are not listed; the first: 3",
+        "ids of categories that have boxes and are not listed: 1; the first: 3",
     ),
     "unknown image": (
         changed(lambda c: c["annotations"][0].update(image_id=6)),
-        "1 images that have boxes and are not listed; the first: 6",
+        "ids of images that have boxes and are not listed: 1; the first: 6",
     ),
     "no images": ({"images": [], "annotations": [], "categories": []}, "lists no images"),
     "no number": (
