@@ -1,9 +1,9 @@
-"""Distill a frozen data2vec 2.0 teacher of images or audio, or a timm ViT, into a small student.
+"""Distill a frozen teacher model of images or audio into a small student.
 
 Example:
     >>> from d2v_composer import load_student
     >>> student = load_student("student.safetensors")
-    >>> embeddings = student.embed(images)  # (B, 3, height, width) uint8 → (B, P), in the teacher's space
+    >>> embeddings = student.embed(images)  # (B, 3, height, width) uint8 → (B, P) float32
 """
 
 # A name is imported when it is first used: torch, Composer and timm take seconds together, and few programs use all.
@@ -58,10 +58,9 @@ MODULES = {
 }
 
 
-if not TYPE_CHECKING:  # for which each name has its own type
+if not TYPE_CHECKING:  # a type checker reads the imports above
 
     def __getattr__(name: str) -> object:
-        """Return the object of a public name, from the module that defines it."""
         if name not in MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(import_module(f"{__name__}.{MODULES[name]}"), name)

@@ -1,4 +1,4 @@
-"""Register the student with timm: ``import d2v_composer.timm_models``."""
+"""``import d2v_composer.timm_models`` registers the student with timm."""
 
 from typing import Any
 
@@ -11,29 +11,28 @@ __all__ = ["d2v2_student"]
 
 @register_model
 def d2v2_student(pretrained: bool = False, **kwargs: Any) -> TimmWrapper:
-    """Build the thesis's student as a timm model, for ``timm.create_model("d2v2_student", checkpoint_path=FILE)``.
+    """Build a student as a timm model, for ``timm.create_model("d2v2_student", checkpoint_path=FILE)``.
 
-    FILE is a .safetensors file that ``d2v export`` wrote; loading FILE sets the model's sizes.
+    FILE is a .safetensors file that ``d2v export`` wrote of a student that is not itself a timm model.
 
     Args:
-        pretrained: Load the file in ``pretrained_cfg_overlay``; no weights are published.
-        **kwargs: Arguments of :class:`~d2v_composer.checkpoints.timm_student.TimmWrapper`: ``num_classes`` (the width
-            of the file's alignment: the output is the embedding; 0: the output is the features; another number: the
-            head is new), ``global_pool``, ``representation``.
+        pretrained: Load the file that ``pretrained_cfg_overlay`` names.
+        **kwargs: Arguments of :class:`~d2v_composer.checkpoints.timm_student.TimmWrapper`.
 
     Returns:
-        A ``torch.nn.Module``: normalized images, (B, 3, S, S) float → (B, ``num_classes``), or the features, (B, D).
+        A ``torch.nn.Module`` that maps normalized images, (B, 3, height, width) float, or waveforms, (B, L) float, to
+        (B, ``num_classes``) or, if ``num_classes`` is 0, to pooled features, (B, channels).
 
     Raises:
-        ValueError: ``features_only`` is true, but not ``pretrained``: the sizes of feature maps are in a file.
+        ValueError: ``features_only`` is true, but ``pretrained`` is false.
 
     Example:
         >>> import timm, d2v_composer.timm_models
         >>> student = timm.create_model("d2v2_student", checkpoint_path="student.safetensors", num_classes=10)
-        >>> logits = student(torch.rand(2, 3, 32, 32))  # (2, 10); the head is new, the rest is the file's
+        >>> logits = student(torch.rand(2, 3, 32, 32))  # (2, 10), from a new head
     """
     if kwargs.get("features_only") and not pretrained:
-        raise ValueError("features_only: d2v2_student needs pretrained=True, pretrained_cfg_overlay=dict(file=FILE)")
+        raise ValueError("features_only: d2v2_student needs pretrained=True and pretrained_cfg_overlay=dict(file=FILE)")
     kwargs["feature_cfg"] = {"feature_cls": "getter", "out_indices": (0,)}
     not_ours: Any = ("in_chans", "img_size")  # timm's defaults; the file has its own
     kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or pretrained_cfg(None)  # timm gives None

@@ -1,1 +1,1 @@
-"""Read a YAML and overrides into checked values."""
+"""Define the fields of YAMLs, and read a YAML and its overrides into checked values."""

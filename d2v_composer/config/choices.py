@@ -1,4 +1,4 @@
-"""The callbacks, loggers, algorithms and optimizers that a YAML may choose; their classes are imported when chosen."""
+"""The callbacks, loggers, algorithms and optimizers that a YAML may choose by name."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -20,7 +20,7 @@ ALGORITHMS = {
     "cutmix": "composer.algorithms:CutMix",
     "label_smoothing": "composer.algorithms:LabelSmoothing",
 }
-"""Name in the section ``algorithms`` → 'module:class'; the fields below that name are its arguments."""
+"""Name in the section ``algorithms`` → 'module:class'."""
 
 LOGGERS = {
     "jsonl": "d2v_composer.callbacks.logging:JSONLLogger",
@@ -40,16 +40,16 @@ def about(kind: str, names: Iterable[str]) -> str:
 
 
 class OptimizerKind(NamedTuple):
-    """An optimizer that a YAML may choose; it takes the fields of ``OptimizerConfig``."""
+    """An optimizer that a YAML may choose."""
 
     path: str
-    """'module:class', imported when the optimizer is chosen."""
+    """Class of the optimizer, as 'module:class'."""
     arguments: dict[str, bool]
-    """Further arguments of the class."""
+    """Arguments of the class that a YAML cannot set."""
 
     @property
     def log_key(self) -> str:
-        """The key below which Composer's LRMonitor logs the learning rate of the first group."""
+        """Key under which Composer's LRMonitor logs the learning rate of the first parameter group."""
         return f"lr-{self.path.partition(':')[2]}/group0"
 
 
@@ -57,4 +57,4 @@ OPTIMIZERS = {
     "adamw": OptimizerKind("torch.optim:AdamW", {"fused": True}),
     "decoupled_adamw": OptimizerKind("composer.optim:DecoupledAdamW", {}),
 }
-"""Name in ``optimizer.name`` → optimizer."""
+"""Value of ``optimizer.name`` → optimizer."""

@@ -1,4 +1,4 @@
-"""Every field of a detector's YAML, besides the fields that all runs have."""
+"""Fields of a YAML that trains a detector."""
 
 from typing import Annotated
 
@@ -27,7 +27,7 @@ class CocoSplits(Section):
 
 
 class DetectorOptimizerConfig(OptimizerConfig):
-    """The optimizer, with a learning rate of its own for the backbone."""
+    """The optimizer, with a separate learning rate for the backbone."""
 
     backbone_lr_ratio: Annotated[float, Field(gt=0, le=10)] = 1.0
     """Ratio of the backbone's learning rate to ``lr``, the learning rate of all other layers."""
@@ -37,16 +37,18 @@ class DetectConfig(LabeledRunConfig):
     """Fields of recipes/detect.py."""
 
     model: PathText
-    """The backbone: an exported student or a training checkpoint (a path, https://, s3://, …), or timm/NAME."""
+    """The backbone: timm/NAME, or the path or address (https://, s3://, …) of an exported student or a training
+    checkpoint."""
     pretrained: bool = True
-    """For timm/NAME: start from timm's weights, from the Hugging Face hub. false: from random weights."""
+    """Start a timm/NAME backbone from timm's pretrained weights, from the Hugging Face hub. false: start the backbone
+    from random weights."""
     image_size: Annotated[ImageSizeText | None, FIXED] = None
-    """Pixels per side, or HEIGHTxWIDTH, to which images are enlarged or shrunk, with a margin that keeps their
-    proportions; null: the backbone's."""
+    """Size to which images are resized and padded: pixels per side, or HEIGHTxWIDTH; null: the backbone's image
+    size."""
     channels: Annotated[Count, FIXED] = 256
     """Number of channels of the feature pyramid and of the heads."""
     frozen_stages: Annotated[Whole, FIXED] = 0
-    """Number of first parts of the backbone that are not trained: 1, the stem (in a student of blocks, the encoder,
-    which is always frozen); 2, also the first stage or block; and so on."""
+    """Number of parts of the backbone that are not trained, counted from the input: the stem or shared encoder is the
+    first part, and each stage or block is a further part."""
     dataset: CocoSplits
     optimizer: Annotated[DetectorOptimizerConfig, FIXED] = DetectorOptimizerConfig()  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -1,4 +1,4 @@
-"""Read a YAML and its overrides into a config. Only this module uses OmegaConf."""
+"""Read a YAML and its overrides into a config."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -31,11 +31,11 @@ def load_config(argv: Sequence[str], values: Mapping[str, Json] = {}, *, needs_d
 
     Args:
         argv: The YAML's path, then any number of ``dotted.key=value``.
-        values: Dotted key → value, to replace the YAML's value; an override replaces both.
-        needs_data: Also refuse a config without training samples.
+        values: Dotted key → value, which replaces the YAML's value of this key.
+        needs_data: Raise an InputError, too, if ``train_loader`` has no training samples.
 
     Raises:
-        InputError: Keys or values are wrong; the error has a line for each, which says what is allowed.
+        InputError: The YAML cannot be read, or keys or values are wrong; the error has a line for each problem.
 
     Example:
         >>> config = load_config(["quickstart.yaml", "student.depth=2"])
@@ -46,17 +46,17 @@ def load_config(argv: Sequence[str], values: Mapping[str, Json] = {}, *, needs_d
 
 
 def load_finetune_config(argv: Sequence[str]) -> FinetuneConfig:
-    """Read and check the arguments of a fine-tuning run, as :func:`load_config` does."""
+    """Read and check the YAML and overrides of a fine-tuning run; see :func:`load_config`."""
     return load_checked(FinetuneConfig, argv)
 
 
 def load_detect_config(argv: Sequence[str]) -> DetectConfig:
-    """Read and check the arguments of a detector's run, as :func:`load_config` does."""
+    """Read and check the YAML and overrides of a detector's training; see :func:`load_config`."""
     return load_checked(DetectConfig, argv)
 
 
 def load_evaluate_config(argv: Sequence[str]) -> EvaluateConfig:
-    """Read and check the arguments of an evaluation, as :func:`load_config` does; the YAML is optional."""
+    """Read and check the optional YAML and the overrides of an evaluation; see :func:`load_config`."""
     has_yaml = not argv or "=" not in argv[0] or isfile(argv[0])  # Path.is_file raises for a long text
     return load_checked(EvaluateConfig, argv if has_yaml else [devnull, *argv])
 
@@ -89,7 +89,7 @@ def read_yaml(path: str | Path) -> Json:
         except yaml.YAMLError as error:
             raise InputError(f"{path}: not a YAML mapping: {' '.join(str(error).split())}") from error
     if not isinstance(settings, DictConfig):
-        raise InputError(f"{path}: expected a YAML mapping, as in yamls/")
+        raise InputError(f"{path}: expected a YAML mapping of keys to values")
     return OmegaConf.to_container(settings)
 
 
@@ -98,7 +98,7 @@ def merge_settings(
 ) -> Json:
     """Merge defaults, YAML, ``preset`` and overrides, in this order, and resolve references.
 
-    An override that cannot be read adds a line to ``problems``.
+    For each override that cannot be read, append a line to ``problems``.
     """
     if not argv:
         raise InputError("no YAML given: expected FILE.yaml [dotted.key=value …]; --help shows examples")
@@ -126,13 +126,13 @@ def merge_settings(
 
 
 def deep_merge(below: Record, above: Record) -> Record:
-    """Merge nested dicts, ``above`` over ``below``; unlike in OmegaConf's merge, a value may change its type."""
+    """Merge nested dicts; where both have a value for a key, the value of ``above`` is taken."""
     both = {key: value for key, value in above.items() if isinstance(value, dict) and isinstance(below.get(key), dict)}
     return {**below, **above, **{key: deep_merge(below[key], value) for key, value in both.items()}}
 
 
 def defaults(schema: type[BaseModel]) -> Record:
-    """Return every field's default as a plain value; references and overrides of list items need the defaults."""
+    """Return the default of every field that has one, as nested dicts of plain values."""
     required = {
         name: find_section(field.annotation) for name, field in schema.model_fields.items() if field.is_required()
     }
@@ -141,7 +141,10 @@ def defaults(schema: type[BaseModel]) -> Record:
 
 
 def parse_override(schema: type[BaseModel], override: str) -> tuple[str, Json]:
-    """Return key and value of one ``dotted.key=value``. In a text field, only null and quoted text are read as YAML."""
+    """Return the key and the value of an override, ``dotted.key=value``.
+
+    The value of a text field is read as YAML only if it is null or quoted.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key or key.startswith("-"):
         raise ValueError(f"got {key!r}")
@@ -155,14 +158,14 @@ def parse_override(schema: type[BaseModel], override: str) -> tuple[str, Json]:
 
 
 def assign(merged: DictConfig, key: str, value: Json) -> None:
-    """Set the value of a dotted key in ``merged``."""
+    """Set the value of a dotted key."""
     # A section keeps its other fields. A mapping of data sets, callbacks or loggers is replaced, empty or not.
     is_mapping = key.startswith(("callbacks", "loggers")) or key.endswith("datasets")
     OmegaConf.update(merged, key, value, merge=isinstance(value, dict) and not is_mapping)
 
 
 def explain(schema: type[RunConfig], error: ErrorDetails) -> list[str]:
-    """Return the lines for one pydantic error: 'key.path: problem, got X'."""
+    """Return a pydantic error as lines of text, each with the dotted key and a problem."""
     place = error["loc"]
     key = "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in place)
     if error["type"] == "extra_forbidden":
@@ -175,14 +178,14 @@ def explain(schema: type[RunConfig], error: ErrorDetails) -> list[str]:
 
 
 def is_text(kind: object) -> bool:
-    """Return whether a field takes only text, or only text and null."""
+    """Return whether a type allows only text, or only text and ``None``."""
     if get_origin(kind) is Annotated:
         return is_text(get_args(kind)[0])
     return kind in (str, NoneType) or (bool(get_args(kind)) and all(map(is_text, get_args(kind))))
 
 
 def section_at(schema: type[BaseModel], place: Sequence[str | int]) -> type[BaseModel]:
-    """Return the class of the section at a path of keys."""
+    """Return the class of the section at a path of keys, or of the last section on the path."""
     for name in place:
         if name in schema.model_fields:  # other names are those of data sets
             schema = find_section(schema.model_fields[str(name)].annotation) or schema
@@ -190,7 +193,7 @@ def section_at(schema: type[BaseModel], place: Sequence[str | int]) -> type[Base
 
 
 def find_section(kind: Any) -> type[BaseModel] | None:
-    """Return the section class in a type, such as ``S | None`` or ``dict[str, S]``; ``None`` if there is none."""
+    """Return the first section class in a type such as ``S | None``; ``None`` if the type has no section class."""
     with suppress(TypeError):
         if issubclass(kind, BaseModel):
             return kind

@@ -1,4 +1,4 @@
-"""Reference to a model: its fields in a YAML, which are also options of commands, and loading the model."""
+"""Reference to a model: the fields of YAMLs and commands that name the model, and the function that loads it."""
 
 import os
 from pathlib import Path
@@ -21,7 +21,7 @@ ImageSizeText = Annotated[int | str, PlainValidator(read_image_size)]
 
 
 class TimmSizes(BaseModel):
-    """Sizes of a timm model."""
+    """Size of a model's shared encoder and of its images."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
@@ -36,16 +36,16 @@ class ModelReference(TimmSizes):
     """A trained model, and which of its embeddings to use."""
 
     model: PathText
-    """A data2vec 2.0 teacher, a training checkpoint or an exported student: the path or address of its file (https://,
-    s3://, …); or timm/NAME."""
+    """timm/NAME, or the path or address (https://, s3://, …) of a data2vec 2.0 teacher, a training checkpoint or an
+    exported student."""
     checkpoint: AddressText | None = None
-    """Weights of a timm model: a .safetensors or PyTorch file; null: timm's pretrained weights, from the Hugging Face
-    hub."""
+    """Path or address of a timm model's weights, a .safetensors or PyTorch file; null: timm's pretrained weights, from
+    the Hugging Face hub."""
     weights: Weights = "model"
     """Weights to take from a data2vec 2.0 teacher's file: ``model``, as trained, or ``ema``, their moving average."""
     teacher: PathText | None = None
-    """Path of the student's teacher. null: the path that a training checkpoint names; for an exported student, no
-    teacher."""
+    """Path or address of the student's teacher; null: for a training checkpoint, the teacher of the training, and for
+    an exported student, no teacher."""
     pooling: Pooling | None = None
     """Pooling of the raw embedding that is used instead of the model's embedding: ``cls``, ``mean`` of all tokens, or
     ``mean_patches``."""
@@ -54,14 +54,14 @@ class ModelReference(TimmSizes):
     or ``layer_mean``, the normalized mean of the FFN outputs."""
 
     def describe(self) -> Record:
-        """Return the fields that are set, to load the model again later; paths are absolute, and secrets are hidden."""
+        """Return the fields that are not ``None``, with local paths made absolute and secrets hidden."""
         fields = {name: getattr(self, name) for name in ModelReference.model_fields}
         files = {name: os.path.abspath(fields[name]) for name in ("model", "checkpoint", "teacher") if fields[name]}
         fields |= {name: path for name, path in files.items() if os.path.exists(path)}
         return hide_secrets({name: value for name, value in fields.items() if value is not None})
 
     def load(self) -> "Models":
-        """Load the model, and its teacher; see :func:`load_any`."""
+        """Load the model and its teacher; see :func:`load_any`."""
         return load_any(self.model, self.checkpoint, self.weights, self.teacher, self.first_blocks, self.image_size)
 
 
@@ -73,14 +73,13 @@ def load_any(
     first_blocks: int | None = None,
     image_size: int | str | None = None,
 ) -> "Models":
-    """Load a model, and its teacher; the arguments are the fields of :class:`ModelReference`.
+    """Load a model and its teacher; the arguments are the fields of :class:`ModelReference`.
 
     Returns:
-        The student, and its teacher or ``None`` if the teacher is not known; if ``model`` is a teacher, the teacher
-        twice.
+        The student and its teacher, which is ``None`` if the teacher is not known; for a teacher, the teacher twice.
 
     Raises:
-        InputError: A file is corrupt, or not supported, or an argument does not apply to this kind of model.
+        InputError: A file cannot be loaded, or an argument does not apply to this kind of model.
     """
     from d2v_composer.checkpoints.load import load_models, load_teacher  # torch takes seconds to import
     from d2v_composer.models.teacher import Teacher
@@ -90,7 +89,7 @@ def load_any(
     if path.startswith(TIMM_PREFIX) and not Path(path).exists():
         loaded = its_teacher = load_teacher(checkpoint, weights, model=path, **sizes)
     elif given := [name for name, value in {"checkpoint": checkpoint, **sizes}.items() if value is not None]:
-        raise InputError(f"{' and '.join(given)} can be set only for timm/NAME, got {path}")
+        raise InputError(f"{' and '.join(given)} can be set only if the model is timm/NAME; the model is {path}")
     else:
         loaded, its_teacher = load_models(path, weights, teacher)
     if isinstance(loaded, Teacher):

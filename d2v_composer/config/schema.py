@@ -1,10 +1,4 @@
-"""Every field of a YAML: name, type, limits, default and description; ``d2v fields`` prints them.
-
-The fields of the Trainer, ``optimizer``, ``scheduler``, ``algorithms``, ``callbacks`` and ``loggers`` have the names of
-MosaicML's llm-foundry, where llm-foundry has such fields. ``train_loader`` is flat: in llm-foundry, it has the sections
-``name`` and ``dataset``.
-Durations are Composer time strings: '5000ba' batches, '2ep' epochs.
-"""
+"""Fields of the YAMLs for distillation, fine-tuning and evaluation, with their limits, defaults and descriptions."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -72,12 +66,12 @@ NEEDS_DATA = "needs data"
 
 
 class Section(BaseModel):
-    """A section of a YAML: unknown keys, other types and non-finite numbers are errors."""
+    """A section of a YAML, in which unknown keys, values of a wrong type and non-finite numbers are errors."""
 
     model_config = STRICT
 
     def contradictions(self) -> Iterator[str]:
-        """Yield '.key: problem' for each value that is within its own limits but contradicts another value."""
+        """Yield '.key: problem' for each problem that the limits of single fields do not exclude."""
         yield from ()
 
     @model_validator(mode="after")
@@ -94,12 +88,12 @@ class TeacherSection(TimmSizes, Section):
     """The frozen teacher."""
 
     model: Annotated[Text, IS_TEACHER] = DATA2VEC2
-    """``data2vec2``, a data2vec 2.0 or EAT model; ``timm/NAME``, with a NAME that ``timm.create_model`` accepts; or
-    ``ext/NAME``, a teacher that an installed package offers or that you pass in Python."""
+    """``data2vec2``, for a data2vec 2.0 or EAT model; ``timm/NAME``, with a NAME that ``timm.create_model`` accepts; or
+    ``ext/NAME``, for a teacher from an installed package or from your Python program."""
     checkpoint: FoundAddress | None
-    """Path or address of the weights. data2vec2: fairseq's .pt file, or a .safetensors file that ``d2v
-    convert-teacher`` wrote. timm: a .safetensors or PyTorch file; null: timm's pretrained weights, from the Hugging
-    Face hub. ext: what the package takes."""
+    """Path or address of the weights. For data2vec2, a .pt file of fairseq or a .safetensors file of ``d2v
+    convert-teacher``; for timm/NAME, a .safetensors or PyTorch file, or null for timm's pretrained weights from the
+    Hugging Face hub; for ext/NAME, what its package takes."""
     weights: Weights = "model"
     """Weights to take from a data2vec 2.0 file: ``model``, as trained, or ``ema``, their moving average."""
 
@@ -108,19 +102,16 @@ class StudentOptions(BlockSizes, Section):
     """The student: the arguments of ``Teacher.build_student``."""
 
     model: Annotated[Text, must("be timm/NAME", lambda name: name.startswith(TIMM_PREFIX))] | None = None
-    """null: new blocks on the teacher's encoder, as in the thesis chapter. timm/NAME: the whole timm model is the
-    student. The model's features must form a grid or be tokens, and the section's other fields, except
-    ``pretrained``, must keep their defaults."""
+    """null: the student is new blocks on the teacher's encoder. timm/NAME: the student is this timm model, and the
+    section's other fields, except ``pretrained``, must keep their defaults."""
     pretrained: bool = False
-    """With ``model``: start from timm's pretrained weights, fetched from the Hugging Face hub."""
+    """Start a timm/NAME student from timm's pretrained weights, from the Hugging Face hub."""
 
     init: Init = "random"
-    """Initial weights of the student's blocks. ``random``: our choice, because the thesis chapter specifies none.
-    ``teacher_attention``: copy the attention layers of the teacher's first blocks. ``teacher_blocks``: copy these
-    blocks whole."""
+    """Initial weights of the student's blocks. ``random``: random weights. ``teacher_attention``: random weights,
+    except that attention layers are copies of the teacher's. ``teacher_blocks``: copies of the teacher's blocks."""
     freeze_copied: bool = False
-    """Freeze the weights that ``init`` copies, and train the others, as the author of the thesis did with
-    ``teacher_attention``."""
+    """Freeze the attention layers that ``init: teacher_attention`` copies."""
 
 
 class Objectives(Section):
@@ -136,23 +127,22 @@ ObjectivesConfig = create_model("ObjectivesConfig", __base__=Objectives, __doc__
 
 
 class LoaderConfig(Section):
-    """Worker processes that load the training samples, and augmentation of images."""
+    """Loading and augmentation of the training samples."""
 
     num_workers: Annotated[int, Field(ge=0, le=1000)] = 8
-    """Number of processes per device that decode samples. They put batches into /dev/shm; if /dev/shm is too small, the
-    run fails at the start. 0: the training process decodes the samples."""
+    """Number of processes per device that load samples; 0: the training process loads the samples."""
     prefetch_factor: PrefetchFactor = 2
     """Number of batches that each worker prepares ahead."""
     flip: Annotated[Fraction, NEW_RESULT] = 0.5
     """Probability that an image is flipped horizontally."""
 
     def faults(self, batch_size: int) -> Iterator[str]:
-        """Yield '.key: problem' for each value that does not suit a global batch size."""
+        """Yield '.key: problem' for each value that does not fit a run with this global batch size."""
         yield from ()
 
 
 class ShardLoaderConfig(LoaderConfig):
-    """Worker processes that load the training samples, augmentation, and streaming from MDS shards."""
+    """Loading and augmentation of the training samples, from MDS shards."""
 
     crop_scale: Annotated[Range, must("be at most 1", lambda scale: scale[1] <= 1), NEW_RESULT] = (0.08, 1.0)
     """Smallest and largest area of a random crop, as a fraction of the image's area."""
@@ -160,8 +150,7 @@ class ShardLoaderConfig(LoaderConfig):
     """Smallest and largest ratio of width to height of a random crop."""
     # The order of clips is by their length in a batch.
     crop_seconds: Annotated[float, Field(ge=0.045, le=3600), FIXED] = 15.6
-    """Largest length of an audio clip, in seconds. Longer clips are cropped at random; shorter clips are padded to the
-    longest one in their batch."""
+    """Largest length of an audio clip, in seconds; of a longer clip, a random span of this length is used."""
     remote: AddressText | None = None
     """Address of the MDS data set in an object store (s3://, gs://, …); null: the data set is in ``local``."""
     timeout: Annotated[float, Field(ge=1, le=1e6)] = 600.0
@@ -169,19 +158,18 @@ class ShardLoaderConfig(LoaderConfig):
     shuffle: Annotated[bool, FIXED] = True
     """Shuffle the samples in every epoch, with Streaming's py1e algorithm."""
     shuffle_block_size: Annotated[Count, FIXED] = 1 << 16
-    """Number of samples in a block whose samples are shuffled with each other. The shards of a block are in use at the
-    same time."""
+    """Number of samples that are shuffled with each other."""
     num_canonical_nodes: Annotated[Count, FIXED] = 1
-    """Number of equal parts into which Streaming cuts the order of the samples. On several nodes, set the number of
-    nodes or a multiple of it, so that each node reads shards of its own."""
+    """Number of equal parts into which the order of the samples is cut. On several nodes, set a multiple of the number
+    of nodes."""
     cache_limit: Annotated[ByteSize, Field(ge=1), AfterValidator(int)] | None = None
-    """Largest size of the cache of a remote data set, in bytes or as '100gb'; null: no limit. If the cache is smaller
-    than the shards of ``shuffle_block_size`` samples, an epoch fetches shards several times."""
+    """Largest size of the cache of a remote data set, as a number of bytes or as text such as '100gb'; null: no
+    limit."""
 
     @property
     def needs_samples_of_a_node(self) -> bool:
-        """True if each node must read the same samples in every epoch, because it stores something for each."""
-        return self.remote is not None  # its shards
+        """True if a node must read the same samples in every epoch."""
+        return self.remote is not None  # a node caches its shards
 
     def faults(self, batch_size: int) -> Iterator[str]:
         if batch_size % (parts := self.num_canonical_nodes):  # each part gives whole samples to a batch
@@ -196,20 +184,18 @@ class TrainLoaderConfig(ShardLoaderConfig):
     local: LocalFolder
     """Folder of the MDS data set; with ``remote``, folder of its cache."""
     column: Annotated[Text | None, FIXED] = None
-    """Name of the column that holds the samples, as encoded files (bytes, jpeg, png) or pixels (pil); null: ``image``
-    or ``audio``. Streaming's own converter of ImageNet calls the column x."""
+    """Name of the column that holds the samples; null: ``image`` or ``audio``."""
     views: Annotated[Count | None, FIXED] = None
-    """Only for images: number of fixed views of each image, that is, of crops and flips; null: a new view in every
-    epoch. Each epoch uses the next view, and after the last one the first view again. From a view's second epoch on,
-    its target is read from a file in ``save_folder``, and the teacher does not run. The file takes 2 bytes per value,
-    and is deleted at the end of the run."""
+    """Number of fixed views (crops and flips) of each image, which the epochs use in turn; null: new views in every
+    epoch. The targets of fixed views are computed once, and stored in ``save_folder`` until the end of the run. Must be
+    null for audio."""
 
     @property
     def needs_samples_of_a_node(self) -> bool:
-        return super().needs_samples_of_a_node or self.views is not None  # their targets
+        return super().needs_samples_of_a_node or self.views is not None  # a node stores its targets
 
     def find_missing_data(self) -> str | None:
-        """Return '.key: problem' if there are no samples to train on; ``None`` if there are, or a store has them."""
+        """Return '.key: problem' if ``local`` has no MDS data set and ``remote`` is ``None``; otherwise ``None``."""
         if self.remote is not None or is_mds(Path(self.local)):
             return None
         return (
@@ -226,7 +212,7 @@ class TrainLoaderConfig(ShardLoaderConfig):
 
 
 class OptimizerConfig(Section):
-    """The optimizer, AdamW."""
+    """The optimizer."""
 
     name: Annotated[Text, must(f"be one of {', '.join(OPTIMIZERS)}", OPTIMIZERS.__contains__)] = "adamw"
     """``adamw``: torch.optim.AdamW with its fused kernel. ``decoupled_adamw``: Composer's DecoupledAdamW."""
@@ -240,7 +226,7 @@ class OptimizerConfig(Section):
     """Weight decay. Each step multiplies the weights by 1 - learning rate · weight_decay; with ``decoupled_adamw``, by
     1 - weight_decay · learning rate / ``lr``."""
     decay_norms_and_biases: bool = False
-    """Also decay the parameters of norms and the biases. false: decay only matrices."""
+    """Also decay the weights of norms, and biases."""
 
 
 class SchedulerConfig(Section):
@@ -249,85 +235,82 @@ class SchedulerConfig(Section):
     name: Literal["cosine_with_warmup"] = "cosine_with_warmup"
     """``cosine_with_warmup``: Composer's CosineAnnealingWithWarmupScheduler."""
     t_warmup: WarmUp = "3000ba"
-    """Length of the linear warm-up: batches, epochs, or a fraction of the run ('0.1dur')."""
+    """Length of the linear warm-up, in batches ('5ba'), in epochs ('5ep') or as a fraction of the run ('0.1dur')."""
     alpha_f: Fraction = 0.0
     """Learning rate at the end of the run, as a fraction of ``lr``."""
 
 
 class GradientClippingConfig(Section):
-    """Composer's GradientClipping."""
+    """Clipping of the gradient by its global norm."""
 
     clipping_threshold: Positive = 2.0
     """Largest global norm of the gradient."""
 
 
 class AlgorithmsConfig(Section):
-    """Composer's algorithms: {} or arguments turn one on, null turns it off."""
+    """Composer's algorithms. {} turns an algorithm on with its default arguments, null turns the algorithm off."""
 
     gradient_clipping: GradientClippingConfig | None = GradientClippingConfig()
     """Clip the gradient by its global norm."""
 
 
 class LabeledSetConfig(Section):
-    """A data set on which embeddings are measured: labeled train and test samples, or test samples without labels."""
+    """A data set for measurements of embeddings, or for fine-tuning."""
 
     format: Annotated[Literal[FORMATS] | None, Field(description=FORMAT)] = None  # pyright: ignore[reportInvalidTypeForm]
     root: AddressText
-    """Place of the data set. CIFAR: the folder with torchvision's files. speech_commands: the unpacked
-    speech_commands_v0.02.tar.gz, whose validation clips are not used. Others: a folder with MDS shards, or with the
-    same class folders, in ROOT/train and ROOT/test; or a SOURCE of ``d2v embed`` whose file or folder names contain
-    train and test (or validation)."""
+    """Path or address of the data set. CIFAR: the folder with torchvision's files. speech_commands: the unpacked
+    speech_commands_v0.02.tar.gz. Other data sets: a folder with MDS shards or class folders in ROOT/train and
+    ROOT/test, or a SOURCE of ``d2v embed`` whose file or folder names contain train and test (or validation)."""
     download: bool = False
-    """Download CIFAR to ``root`` if it is missing there."""
+    """Download CIFAR's files to ``root`` if ``root`` lacks them."""
     column: Annotated[Text | None, FIXED] = None
-    """Name of the column that holds the images or the audio; null: ``image`` or ``audio`` in MDS, and the only such
-    column elsewhere."""
+    """Name of the column that holds the samples; null: ``image`` or ``audio`` in MDS, elsewhere the only column that
+    can hold samples."""
     label_column: Annotated[Text | None, FIXED] = "label"
-    """Name of the column that holds the labels (in tars, ``cls`` or ``json:KEY``), unless folders are classes; null:
-    the set has no labels. On a set without labels, only the probes ``agreement`` and ``instance`` are measured: on the
-    test split or, if ROOT has no splits, on all of ROOT."""
+    """Name of the column that holds the labels (in tars, ``cls`` or ``json:KEY``), unless folders are classes; null: do
+    not read labels, and measure only probes that need none."""
     class_embeddings: PathText | None = None
-    """For the probe ``zero_shot``: a .npy file with a text tower's embedding of each class, (classes, channels) float,
-    in the order of the class names."""
+    """Path of a .npy file for the probe ``zero_shot``: a text tower's embedding of each class, (classes, channels)
+    float, in the data set's class order."""
 
     def contradictions(self) -> Iterator[str]:
         if self.format in LOCAL and "://" in self.root:
-            yield f".root: must be a folder on this machine, got {self.root!r}"
+            yield f".root: must be a folder on this machine if format is {self.format}, got {self.root!r}"
 
 
 class AlignmentConfig(Section):
     """A linear map, fitted in closed form, from the student's raw embeddings to the teacher's embedding."""
 
     max_samples: Annotated[Whole, must(f"be 0, or at least {MIN_PAIRS}", lambda n: n == 0 or n >= MIN_PAIRS)] = 20000
-    """Maximum number of training samples to which the alignment is fitted; 0: no alignment. The fit is made at the end
-    of the run, and before each retrieval that shows the aligned embedding or measures ``zero_shot``."""
+    """Maximum number of training samples to which the alignment is fitted; 0: fit no alignment."""
     pooling: Annotated[Pooling | None, FIXED] = None
-    """Pooling of the teacher's embedding to which the student is mapped: ``cls``, ``mean`` of all tokens, or
+    """Pooling of the teacher's embedding that the student estimates: ``cls``, ``mean`` of all tokens, or
     ``mean_patches``; null: the teacher's default."""
     representation: Annotated[Representation | None, FIXED] = None
-    """Representation of the teacher's embedding to which the student is mapped: ``output`` of the last block, or
+    """Representation of the teacher's embedding that the student estimates: ``output`` of the last block, or
     ``layer_mean``, the normalized mean of the FFN outputs; null: the teacher's default."""
 
 
 class LookupConfig(Section):
-    """Retrieval by nearest neighbors, during training or in an evaluation."""
+    """Measurements of embeddings, during training or in an evaluation."""
 
     ks: Annotated[list[Count], Field(min_length=1)] = [1, 3]
-    """Values of k for the top-k accuracy, the fraction of queries with a sample of their class among the k nearest."""
+    """Values of k for the top-k accuracy: the fraction of queries with a sample of their class among the k nearest."""
     probes: Annotated[list[Literal[PROBE_NAMES]], Field(description=PROBES_ABOUT)] = []  # pyright: ignore[reportInvalidTypeForm]
     baselines: list[Literal[BASELINES]] = ["teacher"]  # pyright: ignore[reportInvalidTypeForm]
-    """Models to compare the student with, measured once in a run: ``pixels`` or, for audio, ``log_mel``, the mean
-    spectrum; the frozen ``encoder``, if the student shares its teacher's; the ``teacher``."""
+    """Models to compare the student with: ``pixels`` (of images) and ``log_mel`` (of audio), computed without a model;
+    ``encoder``, the frozen encoder that the student shares with its teacher; and ``teacher``."""
     embeddings: Literal["all"] | None = None
-    """Embeddings to measure. null: only the embedding that tables show. ``all``: the raw embeddings, too."""
+    """``all``: also measure the raw embeddings. null: measure only the embedding that tables show."""
     datasets: dict[str, LabeledSetConfig | None] = {}
-    """Name → labeled data set. null turns off a set that the YAML has."""
+    """Name → data set to measure on. null turns off a data set that the YAML has."""
     max_images: Count | None = None
     """Maximum number of samples from each split, taken at even intervals; null: all."""
 
 
 class RetrievalConfig(LookupConfig):
-    """Retrieval during training, by the callback ZeroShotRetrieval."""
+    """Measurements of embeddings during training, by the callback ZeroShotRetrieval."""
 
     pooling: Pooling | None = None
     """Pooling of the raw embedding that tables show instead of the student's embedding: ``cls``, ``mean`` of all
@@ -342,21 +325,21 @@ class RetrievalConfig(LookupConfig):
 
 
 class RunConfig(Section):
-    """Fields of training and of evaluation."""
+    """Fields of every YAML."""
 
     moved: ClassVar[Mapping[str, str]] = {}
     """Former key → the key to write instead."""
     seed: Annotated[Whole, FIXED] = 17
-    """Seed of the random weights, of the order of the samples and of their augmentation."""
+    """Seed of random weights, and of the order and the augmentation of samples."""
     precision: SupportedPrecision = "fp32"
     """``fp32``, ``amp_bf16``, ``amp_fp16`` (only on a GPU), or ``auto``. ``auto`` is amp_bf16 on a GPU with bfloat16
     and on a CPU with AVX512-BF16, amp_fp16 on another GPU, and fp32 on another CPU."""
     device_eval_batch_size: Count = 256
-    """Number of images or clips that each device embeds at once."""
+    """Number of images or clips that each device processes at once in an evaluation."""
 
 
 class TrainerConfig(RunConfig):
-    """Fields of every run of Composer's Trainer."""
+    """Fields of every training run."""
 
     run_name: Annotated[Text, checked(check_run_name)] = "distill"
     """Name of the run in logs and in the default ``save_folder``."""
@@ -364,7 +347,7 @@ class TrainerConfig(RunConfig):
     """``fp32``, ``amp_bf16``, ``amp_fp16`` (only on a GPU), or ``auto``. ``auto`` is amp_bf16 on a GPU with bfloat16
     and on a CPU with AVX512-BF16, amp_fp16 on another GPU, and fp32 on another CPU."""
     allow_tf32: Annotated[bool, NEW_TARGETS] = True
-    """Let a GPU multiply float32 matrices in TF32, which is faster, but keeps only 10 bits of the mantissa."""
+    """Let a GPU multiply float32 matrices in TF32, which is faster and less precise."""
     max_duration: Annotated[Duration, NEW_RESULT] = "30000ba"
     """Length of the run, in batches or epochs."""
     global_train_batch_size: Annotated[Count, FIXED] = 256
@@ -381,7 +364,7 @@ class TrainerConfig(RunConfig):
     progress_bar: bool = True
     """Show a progress bar on a terminal, and print a line every ten seconds elsewhere. false: do neither."""
     report: bool = True
-    """Write report.html at the end of the run; ``d2v report`` writes one at any time."""
+    """Write report.html into ``save_folder`` at the end of the run."""
     save_folder: Annotated[PathText, checked(RunFolder.parse)] | None = "runs/{run_name}"
     """Folder of the run's checkpoints, log and record, on this machine or in an object store. The folder must be empty
     or belong to this run. null: save nothing. ``{run_name}`` stands for the name of the run."""
@@ -389,14 +372,13 @@ class TrainerConfig(RunConfig):
     save_interval: Batches = "1000ba"
     """Time between checkpoints, in batches."""
     save_num_checkpoints_to_keep: Annotated[int, Field(ge=-1), must("be at least 1, or -1 for all", bool)] = 3
-    """Number of checkpoints to keep, the newest ones; -1: all."""
+    """Number of newest checkpoints to keep; -1: keep all checkpoints."""
     autoresume: bool = True
     """Resume from the newest checkpoint in ``save_folder``. false: refuse a ``save_folder`` that has checkpoints."""
     load_path: Annotated[Annotated[PathText, checked(check_file)] | None, NEW_TARGETS] = None
     """Checkpoint to resume from if ``save_folder`` has none."""
     load_weights_only: bool = False
-    """Take only the student's weights from ``load_path``. Steps, order of samples and optimizer begin anew, and all
-    settings may differ."""
+    """Take only the weights from ``load_path``, and start a new run from them."""
 
     @property
     def run_folder(self) -> RunFolder | None:
@@ -416,7 +398,7 @@ class TrainerConfig(RunConfig):
             yield ".device_train_microbatch_size: 'auto' needs a GPU, and this machine has none; set a number or null"
 
     def long_warmup(self, why: str = "") -> str:
-        """Return the error line for a warm-up longer than the run: Composer would silently never reach ``lr``."""
+        """Return the error line for a warm-up longer than the run, with ``why`` after the warm-up's length."""
         return (
             f"scheduler.t_warmup: must not be longer than max_duration {self.max_duration}, "
             f"got {self.scheduler.t_warmup}{why}; scheduler.t_warmup=0.1dur is a tenth of any run"
@@ -428,9 +410,8 @@ class TrainConfig(TrainerConfig):
 
     moved = {"prediction": "objectives.tokens.prediction", "targets": "objectives.tokens"}
     compile: Annotated[Any, IS_MODE, NEW_TARGETS] = False
-    """true: use torch.compile and, on a GPU, launch encoder and target as one CUDA graph. ``default``: use
-    torch.compile without CUDA graphs. ``max-autotune-no-cudagraphs``: also try Triton's matrix products, which takes
-    minutes longer at the start."""
+    """true: use torch.compile and, on a GPU, CUDA graphs where possible. ``default`` or
+    ``max-autotune-no-cudagraphs``: use this mode of torch.compile, without CUDA graphs."""
     activation_checkpointing: bool = False
     """Recompute the student's blocks in the backward pass instead of keeping their activations."""
     teacher: TeacherSection
@@ -440,20 +421,20 @@ class TrainConfig(TrainerConfig):
     alignment: Annotated[AlignmentConfig, NEW_RESULT] = AlignmentConfig()
     retrieval: Annotated[RetrievalConfig, NEW_RESULT] = RetrievalConfig()
     save_best: bool = False
-    """Also keep, as ``best-rank0.pt``, the checkpoint with the highest ``metrics/mean/top1``, the mean top-1 accuracy
-    over data sets and banks. The checkpoint is saved when this accuracy is measured."""
+    """Also keep the checkpoint with the highest ``metrics/mean/top1``, the mean top-1 accuracy over data sets and
+    banks, as ``best-rank0.pt``."""
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
         measures_top1 = any(self.retrieval.datasets.values()) and 1 in self.retrieval.ks
         if self.save_best and (self.save_folder is None or not measures_top1):
-            yield ".save_best: must be false unless save_folder and retrieval.datasets are set and retrieval.ks has 1"
+            yield ".save_best: must be false unless save_folder and retrieval.datasets are set and retrieval.ks has a 1"
         if self.train_loader.views is not None and self.save_folder is None:
-            yield ".train_loader.views: must be null without a save_folder, which holds the views' targets"
+            yield ".train_loader.views: must be null without a save_folder"
 
 
 class LayerwiseOptimizerConfig(OptimizerConfig):
-    """The optimizer, with a learning rate for each depth."""
+    """The optimizer, with a learning rate that depends on the depth of a layer."""
 
     layer_decay: Annotated[float, Field(ge=0.01, le=1)] = 1.0
     """Ratio of a block's learning rate to that of the block after it. The head's learning rate is ``lr``."""
@@ -481,22 +462,22 @@ class CutMixConfig(Section):
 
 
 class ClassifierAlgorithmsConfig(AlgorithmsConfig):
-    """Composer's algorithms: {} or arguments turn one on, null turns it off."""
+    """Composer's algorithms. {} turns an algorithm on with its default arguments, null turns the algorithm off."""
 
     mixup: MixUpConfig | None = None
-    """Composer's MixUp, which cannot be combined with cutmix."""
+    """Composer's MixUp; must be null with cutmix."""
     cutmix: CutMixConfig | None = None
-    """Composer's CutMix, which cannot be combined with mixup."""
+    """Composer's CutMix; must be null with mixup."""
     label_smoothing: LabelSmoothingConfig | None = None
     """Composer's LabelSmoothing."""
 
     def contradictions(self) -> Iterator[str]:
         if self.mixup is not None and self.cutmix is not None:
-            yield ".cutmix: must be null with mixup, because Composer cannot mix labels twice"
+            yield ".cutmix: must be null with mixup, because Composer cannot use both"
 
 
 class LabeledRunConfig(TrainerConfig):
-    """Fields of runs that train with labels."""
+    """Fields of a fine-tuning and of a detector's training."""
 
     eval_interval: Duration = "1ep"
     """Time between evaluations, in batches or epochs. The last evaluation is at the end of the run."""
@@ -504,17 +485,17 @@ class LabeledRunConfig(TrainerConfig):
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
         if self.callbacks.get("health") is not None:
-            yield ".callbacks.health: must be null in a run with labels, which has no teacher targets"
+            yield ".callbacks.health: must be null in fine-tuning and detection, which have no teacher"
 
 
 class FinetuneConfig(LabeledRunConfig, ModelReference):
     """Fields of recipes/finetune.py."""
 
     train_encoder: Annotated[bool, FIXED] = False
-    """Train the encoder, too, except data2vec's fixed positions and BEiT's relative position biases."""
+    """Train the encoder, too."""
     dataset: LabeledSetConfig
-    """The MDS data set: the samples in ROOT/train are for training, those in ROOT/test for evaluation. With
-    ``train_loader.remote``, ROOT/train is the cache."""
+    """The MDS data set, with training samples in ROOT/train and test samples in ROOT/test. With
+    ``train_loader.remote``, ROOT/train is the cache of the training samples."""
     train_loader: ShardLoaderConfig = ShardLoaderConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
     optimizer: Annotated[LayerwiseOptimizerConfig, FIXED] = LayerwiseOptimizerConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
     algorithms: Annotated[ClassifierAlgorithmsConfig, NEW_RESULT] = ClassifierAlgorithmsConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -525,20 +506,20 @@ class FinetuneConfig(LabeledRunConfig, ModelReference):
             advice = "write ROOT/train and ROOT/test with d2v convert-images or convert-audio"
             yield f".dataset.format: must be mds, got {self.dataset.format}; {advice}"
         if self.dataset.label_column is None:
-            yield ".dataset.label_column: must name a column: fine-tuning needs labels"
+            yield ".dataset.label_column: must name the column of the labels, got null"
 
 
 class EvaluateConfig(RunConfig, LookupConfig, ModelReference):
     """Fields of ``d2v evaluate``."""
 
     baselines: list[Literal[BASELINES]] = ["pixels", "log_mel", "teacher"]  # pyright: ignore[reportInvalidTypeForm]
-    """Models to compare the student with: ``pixels`` or, for audio, ``log_mel``; the frozen ``encoder`` if the student
-    shares its teacher's; the ``teacher``, if it is known."""
+    """Models to compare the student with: ``pixels`` (of images) and ``log_mel`` (of audio), computed without a model;
+    ``encoder``, the frozen encoder that the student shares with its teacher; and ``teacher``, if it is known."""
     out: Annotated[LocalFolder, AfterValidator(place_to_write)] | None = None
     """Folder for the results: evaluation.json, .csv, .html and, with rivals, .png; null: write no files."""
     rivals: Annotated[tuple[PathText, ...], Field(strict=False)] = ()
-    """Further models to show in the same tables: timm/NAME, with timm's weights and preprocessing, or a path or an
-    address of a student or a teacher. With rivals, the models' speeds are measured, too."""
+    """Further models to show in the same tables: timm/NAME, or the path or address of a student or a teacher. With
+    rivals, the speed of each model is measured, too."""
 
     def contradictions(self) -> Iterator[str]:
         if not any(self.datasets.values()):

@@ -32,13 +32,13 @@ MESSAGES = {
 
 
 def suggest(name: str, allowed: Sequence[str]) -> str:
-    """Return the end of a message about an unknown name: the nearest allowed name, and all allowed names."""
+    """Return the end of a message about an unknown name: the most similar allowed name, and all of them."""
     nearest = difflib.get_close_matches(name, allowed, n=1)
     return f"{f'; did you mean {nearest[0]}?' if nearest else ''} (allowed: {', '.join(allowed) or 'none'})"
 
 
 def describe_problem(error: ErrorDetails) -> str:
-    """Describe an error that pydantic found; an error raised by a check of this package may have several lines."""
+    """Return the text of an error that pydantic found, which may have several lines."""
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])  # pyright: ignore[reportTypedDictNotRequiredAccess]
     problem, value = MESSAGES.get(error["type"]) or re.sub(r"^\w+ should", "must", error["msg"]), error["input"]
@@ -46,7 +46,7 @@ def describe_problem(error: ErrorDetails) -> str:
 
 
 def checked(check: Callable[[Any], object]) -> AfterValidator:
-    """Return a validator that calls a function, which raises ValueError for a wrong value."""
+    """Return a validator that calls ``check``, a function that raises ValueError for a wrong value."""
 
     def validate(value: Any) -> Any:
         check(value)
@@ -67,18 +67,18 @@ def must(rule: str, holds: Callable[[Any], object]) -> AfterValidator:
 
 
 def duration(pattern: str, example: str) -> AfterValidator:
-    """Return a validator of Composer time strings: 'ba' batches, 'ep' epochs, 'dur' a fraction of the run."""
+    """Return a validator of Composer time strings that match a regular expression, such as ``example``."""
     return must(f"be a duration such as {example}", re.compile(pattern).fullmatch)
 
 
 def read_image_size(size: object) -> int | str:
-    """Return an image size as a number, if it is square, or 'HEIGHTxWIDTH', so that a resume can compare sizes."""
+    """Return an image size as a number, if it is square, or as 'HEIGHTxWIDTH'."""
     parsed = parse_image_size(size)
     return parsed if isinstance(parsed, int) else "x".join(map(str, parsed))
 
 
 def check_file(address: str) -> None:
-    """Raise ValueError if a local path has no file, or if Composer cannot read such a path; accept remote addresses."""
+    """Raise ValueError if a local path has no file, or characters that Composer does not accept."""
     from d2v_composer.system.fetch import find_missing_file  # torch takes seconds to import
 
     if not Address.parse(address).is_remote:
@@ -104,7 +104,7 @@ def class_path(name: str, known: Mapping[str, str]) -> Any:
 
 
 def arguments_of(known: Mapping[str, str]) -> AfterValidator:
-    """Return a validator of the mapping: name of a callback or logger → its arguments; see :func:`class_path`."""
+    """Return a validator of a mapping from names, which :func:`class_path` knows, to arguments of the named classes."""
     names = [*known, f"{PACKAGE_PREFIX}NAME, an entry point of the group {CALLBACKS_GROUP}"]
 
     def check(chosen: Mapping[str, Record | None]) -> None:
@@ -131,13 +131,13 @@ IS_TEACHER = must(
     f"be {DATA2VEC2}, timm/NAME or ext/NAME",
     lambda name: name == DATA2VEC2 or name.startswith((TIMM_PREFIX, PACKAGE_PREFIX)),
 )
-IS_PRINTABLE = must("be printable characters, at least one", lambda text: bool(text) and text.isprintable())
+IS_PRINTABLE = must("be one or more printable characters", lambda text: bool(text) and text.isprintable())
 Text = Annotated[str, IS_PRINTABLE]
 PathText = Annotated[Text, AfterValidator(expanduser)]
 AddressText = Annotated[PathText, checked(Address.parse)]
 # A path that the record of a run keeps, found from any folder; other texts may hide a password, and stay as they are.
 FoundAddress = Annotated[AddressText, AfterValidator(lambda place: abspath(place) if exists(place) else place)]
-LocalFolder = Annotated[PathText, must("be a folder on this machine", lambda folder: "://" not in folder)]
+LocalFolder = Annotated[PathText, must("be a path on this machine", lambda folder: "://" not in folder)]
 Whole = Annotated[int, Field(ge=0, le=MAX_INT)]
 Count = Annotated[int, Field(ge=1, le=MAX_INT)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
