@@ -1,4 +1,4 @@
-"""Callbacks, loggers and an algorithm for Composer's Trainer; each is imported when it is first used."""
+"""Callbacks, loggers and an algorithm for Composer's Trainer."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -24,10 +24,10 @@ MODULES = {
     "ZeroShotRetrieval": "zero_shot_retrieval",
 }
 
-if not TYPE_CHECKING:  # for which each name has its own type
+if not TYPE_CHECKING:  # type checkers read the imports above
 
     def __getattr__(name: str) -> object:
-        """Import the class with a public name, and return it."""
+        """Import and return the class with a public name."""
         if name not in MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(import_module(f"{__name__}.{MODULES[name]}"), name)

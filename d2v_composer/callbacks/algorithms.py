@@ -1,4 +1,4 @@
-"""Clip the gradient, log its norm, seed each batch, and share BatchNorm's statistics among ranks."""
+"""Clip the gradient, log the gradient's norm, seed each batch, and share BatchNorm's statistics among ranks."""
 
 import numpy as np
 import torch
@@ -11,12 +11,12 @@ from torch import Tensor
 
 
 def trained(state: State) -> list[Tensor]:
-    """Return the parameters that the optimizers train, without the model's many frozen ones."""
+    """Return the parameters that the optimizers train."""
     return [tensor for optimizer in state.optimizers for group in optimizer.param_groups for tensor in group["params"]]
 
 
 class GradientClipping(algorithms.GradientClipping):
-    """Composer's GradientClipping by the global norm, over the trained parameters alone.
+    """Clip the global norm of the trained parameters' gradient.
 
     Args:
         clipping_threshold: The norm to which a larger gradient is scaled down.
@@ -30,11 +30,9 @@ class GradientClipping(algorithms.GradientClipping):
 
 
 class GradientNorm(Algorithm):
-    """Log the norm of the gradient before clipping, at a fixed interval.
+    """Log the norm of the gradient before clipping, as ``l2_norm/grad/global``.
 
-    The log key is ``l2_norm/grad/global``, as in Composer's OptimizerMonitor. A callback would see the gradient only
-    after clipping, so this is an algorithm, though it changes nothing. Pass it to the Trainer after GradientClipping:
-    Composer runs the algorithms of an AFTER event from last to first.
+    In the Trainer's list of algorithms, GradientNorm must come after GradientClipping.
 
     Args:
         every: Interval in batches.
@@ -49,6 +47,7 @@ class GradientNorm(Algorithm):
         self.every = every
 
     def match(self, event: Event, state: State) -> bool:
+        # Composer runs the algorithms of an AFTER event from last to first.
         return event == Event.AFTER_TRAIN_BATCH and int(state.timestamp.batch) % self.every == 0
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
@@ -57,10 +56,7 @@ class GradientNorm(Algorithm):
 
 
 class SeededBatches(Callback):
-    """Seed Python, NumPy and torch at the start of each batch, from (seed, batch, rank).
-
-    Algorithms such as MixUp draw from these generators, whose states Composer 0.32.1 does not restore when it resumes a
-    StreamingDataset within an epoch.
+    """Seed Python, NumPy and torch at the start of each batch, from the run's seed, the batch and the rank.
 
     Args:
         seed: Seed of the run.
@@ -70,12 +66,13 @@ class SeededBatches(Callback):
         self.seed = seed
 
     def batch_start(self, state: State, logger: Logger) -> None:
+        # Composer 0.32.1 does not restore the generators when it resumes a StreamingDataset within an epoch.
         place = (self.seed, int(state.timestamp.batch), dist.get_global_rank())
         seed_all(int(np.random.SeedSequence(place).generate_state(1)[0]))
 
 
 def broadcast_statistics(model: torch.nn.Module) -> None:
-    """Give all ranks the BatchNorm statistics of rank 0, which checkpoints store; training makes them differ."""
+    """Give all ranks the BatchNorm statistics of rank 0."""
     for name, buffer in model.named_buffers():
         if "running_" in name:
             dist.broadcast(buffer, 0)

@@ -1,4 +1,4 @@
-"""Fit the alignment of a student with its teacher, at a run's end or before a retrieval."""
+"""Fit the alignment of a student with its teacher."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -26,26 +26,22 @@ log = logging.getLogger(__name__)
 
 
 class AlignStudent(Callback):
-    """Fit a linear map from the student's raw embeddings to its teacher's embedding, at a run's end or by :meth:`fit`.
+    """Fit a linear map from the student's raw embeddings to the teacher's embedding, at a run's end or by :meth:`fit`.
 
-    The samples are training samples without augmentation. A batch has N samples; the alignment has I inputs and P
-    outputs.
-
-    Each rank embeds a share of the batches, and all ranks add up the same sums in the same order. So the alignment has
-    the same bits on any number of ranks, and after a resume.
+    Checkpoints keep the alignment and the attributes ``batch`` and ``statistics``.
 
     Args:
-        model: The model that trains; its student gets the alignment.
-        samples: The samples to fit to: a map-style dataset of torch, or a list, the same on all ranks. Each sample is
-            an image, (3, height, width) uint8, all of one size, or a clip, (L,) float32. Only whole batches are used.
+        model: The model that trains, whose student gets the alignment.
+        samples: A list or a map-style dataset of torch, the same on all ranks. Samples are images, (3, height, width)
+            uint8, all of one size, or clips, (L,) float32. An incomplete last batch is left out.
         device_batch_size: Number of samples embedded at once on each device.
-        workers: Number of processes that load samples.
+        workers: Number of processes that load samples for each rank.
 
     Attributes:
         of: Description of the teacher's embedding.
-        batch: Number of training batches after which the alignment was last fitted; -1 for never. Checkpoints keep it.
-        statistics: ``of``, ``space``, ``batch`` and :attr:`Fit.statistics
-            <d2v_composer.models.alignment.Fit.statistics>`. Checkpoints keep these statistics and the alignment, too.
+        batch: Number of training batches before the last fit; -1 without a fit.
+        statistics: ``of``, ``space`` and ``batch`` of the last fit, and the entries of :attr:`Fit.statistics
+            <d2v_composer.models.alignment.Fit.statistics>`.
 
     Example:
         >>> from d2v_composer.callbacks import AlignStudent
@@ -70,7 +66,7 @@ class AlignStudent(Callback):
         self.batch, self.statistics = -1, Record()
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        self.fit_at_end(state)
+        self.fit_at_end(state)  # at batch_end, another callback may yet end the run
 
     epoch_checkpoint = batch_checkpoint
 
@@ -85,18 +81,18 @@ class AlignStudent(Callback):
             self.student.align(state["weight"], state["bias"], self.of.of, space=self.of.space)
 
     def fit_at_end(self, state: State) -> None:
-        """Fit the alignment if the run has ended.
-
-        Call it when checkpoints are saved, not after a batch: in between, EarlyStopper or the like may end the run.
-        """
+        """Fit the alignment if the run has ended."""
         if has_ended(state):
             self.fit(state)
 
     def fit(self, state: State, before_batch: Callable[[], None] = lambda: None) -> None:
-        """Fit the alignment and give it to the student, unless this was done after the same batch.
+        """Fit the student's alignment, unless the last fit was after the same batch; call this method on all ranks.
 
-        Call it on all ranks. If the alignment cannot be fitted, the student gets none, and a warning is logged.
-        ``before_batch`` is called before each batch of samples; it may raise to end the fit.
+        If the fit fails, the student gets no alignment, and a warning is logged.
+
+        Args:
+            state: State of the Trainer.
+            before_batch: Called before each batch of samples; an exception ends the fit.
         """
         if self.batch == (batch := int(state.timestamp.batch)):
             return
@@ -118,7 +114,10 @@ class AlignStudent(Callback):
     def pairs(
         self, to_device: Callable[[Tensor], Tensor], before_batch: Callable[[], None], inputs: list[str]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield every batch's inputs of the alignment, (N, I), and targets, (N, P), in the same order on every rank."""
+        """Yield each batch's inputs and targets of the alignment, in the same order on every rank.
+
+        Shapes: (N, I) for I inputs and (N, P) for P outputs of the alignment, with N samples in the batch.
+        """
         ranks, count = Ranks(dist.get_global_rank(), dist.get_world_size()), len(self.batches)
         rounds = range(0, count, ranks.world_size)
         mine = [self.batches[min(first + ranks.rank, count - 1)] for first in rounds]

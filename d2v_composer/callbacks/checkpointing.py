@@ -1,7 +1,4 @@
-"""Save a run's checkpoints, even when a signal stops the run; keep the newest ones, and save only finite numbers.
-
-The run's folder is locked, so that one run at a time uses it.
-"""
+"""Save a run's checkpoints, and stop a run on a signal or when its loss is not finite."""
 
 import logging
 import math
@@ -51,7 +48,7 @@ class Stop:
 
     Attributes:
         signal: The signal, the same on all ranks; ``None`` while the run goes on.
-        is_last_batch: True after the run's last batch, whose retrieval is finished even if a signal has come.
+        is_last_batch: True after the run's last batch.
     """
 
     def __init__(self) -> None:
@@ -59,49 +56,41 @@ class Stop:
         self.is_last_batch = False
 
     def has_come(self) -> bool:
-        """Return True, on all ranks alike, if a signal has come; several ranks learn of it only after a batch."""
+        """Return True if a signal has come; the result is the same on all ranks."""
         if self.signal is None and dist.get_world_size() == 1:
             self.signal = processes.received()
         return self.signal is not None
 
     def ends_retrieval(self) -> bool:
-        """Return True, on all ranks alike, if a retrieval must be left out or cut short."""
+        """Return True if a retrieval must be left out or ended; the result is the same on all ranks."""
         return self.has_come() and not self.is_last_batch
 
 
 class Checkpoints(Callback):
-    """Save checkpoints, keep the newest ones, upload them, and stop on a signal.
+    """Save checkpoints, remove old ones, upload the new ones, and stop on a signal.
 
-    Composer's CheckpointSaver removes only the checkpoints of its own process, and none from a store. If its process is
-    killed, it may leave a truncated checkpoint, or no link ``latest-rank0.pt``.
-
-    On SIGTERM or SIGINT the run finishes its batch, saves, and exits with status 143 or 130 (128 + signal). A
-    retrieval that is due in this batch is left out or, on one rank, cut short; the resumed run repeats it first. The
-    last batch of a run is the exception: its retrieval is finished. Before the first batch has ended there is nothing
-    to save, and a signal ends the run at once; so does a second SIGINT at any time. Composer's launcher forwards
-    SIGTERM to its ranks, also sends SIGTERM after a SIGINT, and kills the remaining ranks after 30 seconds.
-
-    A run whose folder was removed also stops after its batch, with an error.
+    On SIGTERM or SIGINT, the run finishes its batch, saves a checkpoint, and exits with status 143 or 130. A second
+    SIGINT, or a signal before the first batch has ended, ends the run at once, without saving.
 
     Pass no ``save_folder`` to the Trainer, and pass this callback after NanGuard and before ZeroShotRetrieval. Call
     :meth:`begin` before the Trainer's ``fit``, and :meth:`end_training` after it.
 
     Args:
-        folder: The run's folder, which is locked from now on; ``None`` saves nothing.
-        save_interval: The interval of checkpoints in batches, a Composer time string.
+        folder: The run's folder, which is locked against other runs; ``None``: nothing is saved.
+        save_interval: Time between checkpoints, a Composer time string in batches, such as ``500ba``.
         num_to_keep: Number of newest checkpoints to keep, on this machine and in S3; -1 keeps all.
         uploads: The run's uploads, if the folder is in a store.
-        advice: The end of the line that says, after a signal, where the run was saved.
-        stop: The signal, updated at the end of each batch. Pass its ``ends_retrieval`` to ZeroShotRetrieval as
+        advice: Text that follows the folder's name in the line that is printed after a signal.
+        stop: The signal, updated at the end of each batch. Pass ``stop.ends_retrieval`` to ZeroShotRetrieval as
             ``should_stop``.
-        save_best: Also keep the checkpoint with the highest ``metrics/mean/top1`` of a ZeroShotRetrieval, in the file
-            ``best-rank0.pt``, which no run resumes from.
+        save_best: Also save the model with the highest ``metrics/mean/top1`` of ZeroShotRetrieval, in
+            ``best-rank0.pt``.
 
     Attributes:
-        best: The highest ``metrics/mean/top1`` so far; -1 for none. Checkpoints keep it.
+        best: The highest ``metrics/mean/top1`` so far; -1 without an accuracy. Checkpoints keep ``best``.
 
     Raises:
-        InputError: Another run uses the folder, or the folder holds other files or cannot be written.
+        InputError: Another run uses the folder, or the folder has files that are not this run's, or cannot be written.
     """
 
     def __init__(
@@ -125,7 +114,6 @@ class Checkpoints(Callback):
                 self.lock = FolderLock(folder)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Agree with the other ranks on whether to stop: a signal may reach them at different batches."""
         processes.defer_signals(NOTICE)
         # A finished run measures nothing when it starts again.
         self.stop.is_last_batch = has_ended(state)
@@ -138,13 +126,13 @@ class Checkpoints(Callback):
             self._exit_if_stopping(state)
 
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:
-        """Save at the end of a run whose duration is in epochs, even if its last batch was saved already."""
+        """Save at the end of a run whose duration is in epochs."""
         if has_ended(state) and not self.stop.is_last_batch:
-            self.last_saved = -1
+            self.last_saved = -1  # the last batch's checkpoint was saved before the epoch ended
             self._save(state)
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        """Save a model, with its alignment, if its mean top-1 accuracy is the highest so far."""
+        """Save the model if the mean top-1 accuracy is the highest so far."""
         if self.folder is None or not self.save_best or state.dataloader_label != "retrieval":
             return
         mean = float(state.eval_metrics["retrieval"]["mean/top1"].compute())
@@ -191,10 +179,10 @@ class Checkpoints(Callback):
             prune_store(uploads.address, checkpoint.name, self.num_to_keep)
 
     def _agree(self, state: State) -> None:
-        """Learn on all ranks which signal has reached any rank.
+        """Set ``stop.signal`` on all ranks if a signal has reached any rank.
 
         Raises:
-            RunError: The run's folder was removed, so that nothing can be saved.
+            RunError: The run's folder was removed.
         """
         is_removed = self.lock is not None and self.lock.is_removed()
         code = REMOVED if is_removed else STOPS.index(processes.received())
@@ -210,10 +198,9 @@ class Checkpoints(Callback):
         self.stop.signal = STOPS[code]
 
     def begin(self) -> None:
-        """Mark the folder, here and in the store, as the run's. Call it when nothing can refuse the run anymore.
+        """Mark the folder, here and in the store, as the run's; call this method after all checks of the run.
 
-        If there is no checkpoint to resume from, the log is deleted. If the store lacks the newest checkpoint, it is
-        uploaded.
+        Without a checkpoint in the folder, the log is deleted. A newest checkpoint that the store lacks is uploaded.
 
         Raises:
             RunError: The store cannot be written.
@@ -228,10 +215,7 @@ class Checkpoints(Callback):
                     upload_missing(self.folder)
 
     def end_training(self, state: State) -> None:
-        """Exit if a signal arrived since the last batch; all is saved, so later signals end the process immediately.
-
-        Call it on every rank.
-        """
+        """Exit if a signal has arrived, and let later ones end the process at once; call this method on every rank."""
         self._agree(state)  # a rank that left before the others have agreed would fail them
         self._exit_if_stopping(state)
         processes.obey_signals()
@@ -267,12 +251,7 @@ MIN_LOSS_SCALE = 1e-4
 
 
 class NanGuard(Callback):
-    """Stop training when the loss is not finite, before a checkpoint is saved.
-
-    Composer's NaNMonitor waits for the device; this callback reads the loss that is logged anyway, once a batch.
-
-    With a loss scaler (amp_fp16), a batch whose loss is not finite is skipped, and the scale halved; training stops
-    once the scale is below :data:`MIN_LOSS_SCALE`.
+    """Stop training when the loss is infinite or NaN; with loss scaling, when the scale is below ``MIN_LOSS_SCALE``.
 
     Example:
         >>> from d2v_composer.callbacks import NanGuard
@@ -280,10 +259,10 @@ class NanGuard(Callback):
     """
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Check the batch's loss, which is the same on all ranks, and the loss scale.
+        """Check the batch's loss and the loss scale.
 
         Raises:
-            FloatingPointError: The loss is not finite, or the loss scale too small.
+            FloatingPointError: The loss is infinite or NaN, or the loss scale is too small.
         """
         batch, scale = int(state.timestamp.batch) - 1, loss_scale(state)
         loss = (state.total_loss_dict or {}).get("loss/train/total", 0.0)

@@ -1,6 +1,6 @@
-"""Measure a run's health beyond its loss, and warn when something goes wrong.
+"""Measure a run's health, and warn of problems.
 
-Shapes: B images or clips, T tokens, D channels.
+Shapes: B samples, T tokens, D channels.
 """
 
 import logging
@@ -29,37 +29,38 @@ log = logging.getLogger(__name__)
 
 
 def variance_over_inputs(x_BTD: Tensor, padding_mask: Tensor | None) -> Tensor:
-    """Return the variance over inputs, a scalar: averaged over channels, and over tokens that no input pads.
+    """Return the variance of x over the batch, a scalar, averaged over channels and tokens.
 
-    ``padding_mask`` is (B, T) bool, True for padding; ``None`` without padding.
+    Args:
+        x_BTD: A prediction or a target.
+        padding_mask: (B, T) bool, True for padding; tokens that are padding in any sample are left out.
     """
     mask = None if padding_mask is None else padding_mask.any(dim=0, keepdim=True)
     return mean_over_time(x_BTD.var(dim=0, keepdim=True), padding_mask=mask).mean()
 
 
 class Health(Callback):
-    """Measure what the loss does not show, on rank 0's last microbatch, and warn of problems.
+    """Measure the prediction of rank 0's last microbatch, and warn of problems.
 
-    Logged, below ``health/``:
+    Logged below ``health/``:
 
-    - ``prediction_variance``, ``target_variance``: variance over the batch, averaged over tokens and channels. The
-      target's variance is the mean squared error of the constant prediction, the best that ignores the inputs;
-    - ``prediction_error``: the mean squared error, whatever the loss is;
-    - ``collapse``, ``dead``, ``diverging``, ``non_finite``, ``scaler_skips``: 1 in this state, else 0.
+    - ``prediction_variance`` and ``target_variance``: variance over the samples, averaged over tokens and channels;
+    - ``prediction_error``: mean squared error;
+    - ``collapse``: 1 if the prediction's variance is below 1 % of the target's variance, else 0;
+    - ``dead``: 1 if, after ``grace``, the mean squared error is not below the target's variance, else 0;
+    - ``diverging``: 1 if the mean loss since the last measurement is over 1.5 times the lowest earlier mean, else 0;
+    - ``non_finite``: 1 if the loss or one of the first three numbers is infinite or NaN, else 0;
+    - ``scaler_skips``: 1 if the loss scale has fallen since the last measurement, else 0.
 
-    The start of a state is logged as a warning: *collapse*, the prediction hardly varies over the batch; *dead*, after
-    ``grace`` the error is no better than the constant prediction's; *diverging*, the mean loss since the last
-    measurement is more than 1.5 times the lowest such mean; *non_finite*, the loss or one of the numbers above is
-    infinite or NaN; *scaler_skips*, the loss scale fell, because steps with infinite gradients were skipped.
+    A warning is logged when one of the last five numbers changes from 0 to 1.
 
-    In any Composer run, the model must return a :class:`~d2v_composer.objectives.objective.Regression`, or
+    The model must return a :class:`~d2v_composer.objectives.objective.Regression` or
     :class:`~d2v_composer.objectives.objective.Outputs`, whose first regression is measured; for other models, override
     :meth:`regression`.
 
     Args:
         interval: Time between measurements, a Composer time string.
-        grace: Time in which the error may be as large as the constant prediction's, a Composer time string longer than
-            the warm-up; '0.2dur' is a fifth of the run.
+        grace: Time before ``dead`` can be 1, a Composer time string; '0.2dur' is a fifth of the run.
 
     Example:
         >>> from d2v_composer.callbacks import Health
@@ -79,8 +80,11 @@ class Health(Callback):
         """Return the prediction and the target of the last microbatch, on the model's device.
 
         Args:
-            outputs: What the model's ``forward`` returned for the microbatch.
+            outputs: Result of the model's ``forward`` for the microbatch.
             batch: The microbatch, on the model's device.
+
+        Raises:
+            TypeError: The outputs are neither a Regression nor Outputs.
         """
         if isinstance(outputs, Outputs):
             outputs = next(iter(outputs.regressions.values()))
@@ -106,7 +110,7 @@ class Health(Callback):
 
     @torch.no_grad()
     def measure(self, state: State, logger: Logger) -> None:
-        """Measure and log the numbers; warn about each bad state that has begun since the last measurement."""
+        """Measure and log the numbers, and warn of each bad state that has begun since the last measurement."""
         metrics = self.compare(self.regression(state.outputs, self.microbatch))
         values = {name: value.item() for name, value in metrics.items()}
         loss = sum(self.losses) / len(self.losses)
@@ -122,7 +126,7 @@ class Health(Callback):
         self.present = set(present)
 
     def compare(self, outputs: Regression) -> dict[str, Tensor]:
-        """Return the squared error and the variances, scalars, by name; an embedding, (B, D), counts as one token."""
+        """Return name → scalar: the mean squared error and, for more than one sample, the variances."""
         prediction, target = outputs.prediction.float(), outputs.target.float()
         error = regression_loss(Regression(prediction, target, padding_mask=outputs.padding_mask))
         return {"prediction_error": error} | {
@@ -147,10 +151,10 @@ class Health(Callback):
         if math.isfinite(loss) and loss > DIVERGED_RATIO * self.lowest_loss:
             yield (
                 "diverging",
-                f"the loss {loss:.4g} exceeds {DIVERGED_RATIO} times the lowest so far, {self.lowest_loss:.4g}",
+                f"the mean loss {loss:.4g} exceeds {DIVERGED_RATIO} times the lowest so far, {self.lowest_loss:.4g}",
             )
         if not_finite := [name for name, value in {"loss": loss, **values}.items() if not math.isfinite(value)]:
-            yield "non_finite", f"not finite: {', '.join(not_finite)}"
+            yield "non_finite", f"infinite or NaN: {', '.join(not_finite)}"
         before, self.scale = self.scale, loss_scale(state)
         if self.scale < before:
             yield "scaler_skips", f"the loss scale fell from {before:g} to {self.scale:g}"

@@ -1,7 +1,4 @@
-"""Keep the teacher's targets of fixed views, so that the teacher runs only in the first epoch of each view.
-
-A view is an augmentation of a sample that recurs in later epochs; ``train_loader.views`` sets their number.
-"""
+"""Keep the teacher's targets of augmented samples that recur in later epochs, as ``train_loader.views`` asks for."""
 
 import json
 import os
@@ -29,22 +26,17 @@ CHECKSUM = 8  # bytes at the end of a row
 
 
 class KeptTargets(Callback):
-    """Write each batch's targets to a file, from which later epochs read them.
+    """Write each batch's targets to a file, from which later epochs read the targets.
 
-    The file has a row for each view of each sample: the targets in float16, and a checksum of them and of what they
-    were computed from: the augmented image, the teacher and the settings. A row that is missing, damaged or
-    computed from anything else counts as not written, and the teacher runs for its batch. So a file can be used even if
-    the run that wrote it was killed.
-
-    The ranks of a node share the file, as do nodes whose folder is on a shared file system. The file is deleted at the
-    end of the run.
+    The teacher runs again for a batch if the targets of a sample are missing, damaged or made from something else. The
+    file is deleted at the end of the run.
 
     Args:
         path: The file, in the run's folder.
         num_samples: Number of samples in the data set.
-        views: Number of views of each sample.
-        width: Number of values in the targets of one view.
-        made_from: All that decides the targets of an augmented image: the teacher and the settings.
+        views: Number of augmented images that recur for each sample.
+        width: Number of values in the targets of an augmented image.
+        made_from: JSON values that identify the teacher and the settings from which targets are made.
     """
 
     def __init__(self, path: Path, num_samples: int, views: int, width: int, made_from: object) -> None:
@@ -74,7 +66,6 @@ class KeptTargets(Callback):
             self.file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
 
     def after_forward(self, state: State, logger: Logger) -> None:
-        """Write the targets of a batch for which the teacher ran."""
         outputs: Any = state.outputs
         if outputs.kept_targets is None:
             return
@@ -86,10 +77,10 @@ class KeptTargets(Callback):
                 os.pwrite(self.file, data + xxh3_64_digest(data, origin), offset)
 
     def collate(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Collate samples into a batch, with the targets that the file has.
+        """Collate samples into a batch; add ``origin`` and, if the file has the targets of all samples, ``targets``.
 
-        Two entries are added: ``origin``, (B,) int64, a hash of each augmented image and of what else decides its
-        targets; and, only if the file has the targets of every sample in the batch, ``targets``, (B, width) float16.
+        ``origin``, (B,) int64, is a hash of each augmented image and of ``made_from``; ``targets`` is (B, width)
+        float16.
         """
         batch, rows = default_collate(list(samples)), []
         images = (sample["image"].contiguous().numpy() for sample in samples)
@@ -107,7 +98,6 @@ class KeptTargets(Callback):
         return batch | {"targets": torch.from_numpy(np.stack(rows))}
 
     def _offsets(self, batch: dict[str, Tensor]) -> list[int]:
-        """Return the byte offset in the file of each row of a batch."""
         return ((batch["view"] * self.num_samples + batch["sample_id"]) * self.row_bytes).tolist()
 
     def close(self, state: State, logger: Logger) -> None:

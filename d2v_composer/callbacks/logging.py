@@ -1,4 +1,4 @@
-"""Log a run's progress and throughput, write metrics to JSON lines and MLflow, and upload the run's files."""
+"""Log a run's progress, metrics and throughput, and upload the run's files."""
 
 import json
 import logging
@@ -42,18 +42,15 @@ log = logging.getLogger(__name__)
 
 
 class ProgressLogger(LoggerDestination):
-    """Show the loss, the speed, the share of time spent waiting for data and the time left, on rank 0.
+    """Show, on rank 0, the time left and the logged loss, speed, share of time spent waiting for data, and accuracies.
 
-    Each accuracy of a retrieval, in the headline embedding, or of a fine-tuned model has a line of its own, with its
-    log key.
-
-    The numbers are those that the Trainer, :class:`~d2v_composer.callbacks.Throughput` and
-    :class:`~d2v_composer.callbacks.ZeroShotRetrieval` log; missing ones are omitted.
+    :class:`~d2v_composer.callbacks.Throughput` logs the speed and the share, and
+    :class:`~d2v_composer.callbacks.ZeroShotRetrieval` logs accuracies.
 
     Args:
-        bar: Show a bar, which needs a terminal; else print a line every ten seconds and at the end.
-        stream: Output stream; default stderr.
-        unit: Name of the samples, as in "images/s".
+        bar: True: show a bar on a terminal; False: print a line every ten seconds and at the end.
+        stream: Output stream; default: stderr.
+        unit: Name of the samples in the speed, such as "images".
 
     Example:
         >>> from d2v_composer.callbacks import ProgressLogger, Throughput
@@ -113,13 +110,12 @@ def num_batches(state: State) -> int:
 
 
 class JSONLLogger(LoggerDestination):
-    """Write one line per call of ``log_metrics``, on rank 0: ``{"step": batch, key: value, …}``.
+    """Write a JSON line for each call of ``log_metrics``, on rank 0: ``{"step": batch, key: value, …}``.
 
-    A resume appends lines (Composer's FileLogger overwrites the file). Before its first line, a resume removes the
-    lines of later batches, which measured weights that no checkpoint has.
+    A resumed run appends to the file, and first removes the lines of later batches.
 
     Args:
-        filename: The file; missing folders are created.
+        filename: Path of the file; missing folders are created.
 
     Example:
         >>> from d2v_composer.callbacks import JSONLLogger
@@ -152,10 +148,7 @@ class JSONLLogger(LoggerDestination):
 
 
 class Uploads(LoggerDestination):
-    """Upload a run's files to its folder in a store, in a thread, one after another.
-
-    An upload is retried for ten minutes, while training continues. Composer's uploader gives up within seconds, and its
-    processes outlive a killed run.
+    """Upload a run's files to the run's folder in a store, one after another, in a thread.
 
     Args:
         address: The run's folder in the store.
@@ -171,16 +164,15 @@ class Uploads(LoggerDestination):
         return True
 
     def upload_file(self, state: State, remote_file_name: str, file_path: Path, *, overwrite: bool = False) -> None:
-        """Start the upload of a callback's file to a path below the run's folder."""
         self.start(put, Path(file_path), f"{self.address}/{remote_file_name}", True)
 
     def upload(self, path: Path) -> None:
-        """Upload a file of the run's folder, if it exists, and wait for the end."""
+        """Upload a file of the run's folder, if the file exists."""
         if path.exists():
             put(path, f"{self.address}/{path.name}", denial_passes=True)
 
     def start(self, task: Callable[..., None], *arguments: Any) -> None:
-        """Start an upload in the thread; after a failed upload, later ones do nothing, since they would fail, too."""
+        """Start a task in the thread; after a failed task, later tasks do nothing."""
 
         def run() -> None:
             if self.has_failed:
@@ -207,32 +199,31 @@ class Uploads(LoggerDestination):
             self.tasks.pop(0).result()
 
     def post_close(self) -> None:
-        """Wait for the uploads of all callbacks. A failure is only logged, so that it cannot hide why a run failed."""
+        """Wait for all uploads; a failed upload is logged."""
         try:
             self.wait()
-        except RunError as error:
+        except RunError as error:  # raised, it could hide why a run failed
             log.warning("%s", error)
 
 
 class RunMLFlowLogger(MLFlowLogger):
-    """Composer's MLFlowLogger, with ``…/top1.output_cls`` instead of ``…/top1/output_cls``, and ``_`` for ``@``.
+    """Composer's MLFlowLogger, with names of metrics that MLflow can store.
 
-    MLflow's file store keeps each metric in a file of the same name, so ``top1`` would have to be a file and a folder.
-    A metric's name cannot have ``@``. If one metric of a call cannot be written, MLflow silently loses all of them.
+    The key ``…/top1/output_cls`` becomes ``…/top1.output_cls``, and ``@`` becomes ``_``.
     """
 
     def rename(self, key: str) -> str:
+        # MLflow's file store would need top1 as a file and a folder, and silently loses metrics that it cannot write.
         return super().rename(BELOW_AN_ACCURACY.sub(r"\1.", key).replace("@", "_"))
 
 
 class Throughput(Callback):
     """Log the speed of training at a fixed interval, without the time of evaluations and checkpoints.
 
-    Composer's SpeedMonitor counts evaluations and checkpoints as training time, and waits for the device. Logged, as
-    means over the interval:
+    Logged as means over the interval:
 
-    - ``throughput/samples_per_sec``: images, or audio clips, of all ranks per second;
-    - ``throughput/data_wait``: the share of the time, from 0 to 1, in which rank 0 waited for its next batch;
+    - ``throughput/samples_per_sec``: samples of all ranks per second;
+    - ``throughput/data_wait``: share of the time, from 0 to 1, in which rank 0 waited for batches;
     - ``throughput/device/mfu``: the model's FLOP/s as a share of the GPU's peak, if Composer knows the peak and the
       model has ``flops_per_batch``.
 
@@ -251,7 +242,7 @@ class Throughput(Callback):
         self.asked_at = self.got_at = self.flops_at_peak = 0.0
 
     def reset(self, state: State) -> None:
-        """Start a new interval: set its sums to 0."""
+        """Start a new interval."""
         self.first_image, self.flops, self.seconds, self.waited = int(state.timestamp.sample), 0, 0.0, 0.0
 
     def fit_start(self, state: State, logger: Logger) -> None:

@@ -1,4 +1,4 @@
-"""Record a run's resolved config and versions in its folder and in each checkpoint."""
+"""Record a run's config and versions in the run's folder and checkpoints."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,17 +27,13 @@ IDENTITIES = {
 
 
 class RunRecord(Callback):
-    """Write the run's record into its folder, and refuse to resume with changed settings.
-
-    Without this, a resume would ignore a changed learning rate or weight decay, because Composer takes both from the
-    checkpoint, and would silently continue with another teacher, seed or data set.
+    """Write the run's record to ``run.yaml``, and refuse to resume a run if a fixed key of the record has changed.
 
     Args:
-        record: The sections ``config`` (resolved), ``versions``, ``teacher`` or ``model`` (provenance) and ``data``
-            (identity and location), as plain containers. Secrets in them are hidden.
-        folder: The folder in which to write ``run.yaml``; ``None`` writes no file.
+        record: The sections of ``run.yaml``, as plain containers, in which secrets are hidden.
+        folder: The folder for ``run.yaml``; ``None``: write no file.
         fixed: Dotted keys of the record that a resume must not change, besides :data:`IDENTITIES`.
-        defaults: Values of keys that a record lacks if an earlier version of this package wrote it.
+        defaults: Default values of keys that a checkpoint's record may lack.
     """
 
     def __init__(
@@ -61,16 +57,16 @@ class RunRecord(Callback):
         return {"record": self.record}
 
     def load_state_dict(self, state: Record) -> None:
-        """Check that this run may resume from a checkpoint, given the record in it.
+        """Check the record of the checkpoint from which the run resumes.
 
         Raises:
-            InputError: A fixed key has changed; the message names each change.
+            InputError: A fixed key has changed.
         """
         if changes := self.changes(state["record"]):
             raise InputError(f"{changes}; a new run needs another save_folder, and no load_path")
 
     def changes(self, before: Record, keys: Sequence[str] = ()) -> str:
-        """Describe the changes of ``keys`` (default: the fixed keys) since an earlier record, in a line; '' if none."""
+        """Return a line with the changes of ``keys``, default: the fixed keys, since an earlier record; '' if none."""
         records = hide_secrets(before), self.record, self.defaults
         groups = (find_changes(key, *(value_at(record, key) for record in records)) for key in keys or self.fixed)
         return "; ".join(change for changes in groups for change in changes)

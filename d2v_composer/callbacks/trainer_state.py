@@ -1,4 +1,4 @@
-"""Read the state of Composer's Trainer: the bare model, the loss scale, other callbacks, and what is due."""
+"""Read the state of Composer's Trainer."""
 
 from collections.abc import Callable, Set
 from typing import Any, TypeVar
@@ -20,16 +20,16 @@ def find_callback(state: State, kind: type[CallbackT]) -> CallbackT | None:
 
 
 def has_ended(state: State) -> bool:
-    """Return True after the last batch of a run, or after its last epoch if its duration is in epochs."""
+    """Return True if the run has reached its maximum duration."""
     return state.max_duration is not None and state.timestamp >= state.max_duration
 
 
 def due_every(interval: str, final_events: Set[Event] = frozenset()) -> Callable[[State, Event], bool]:
-    """Return a function of the state and an event that returns True when an interval ends with this batch or epoch.
+    """Return a function that, given the state and an event, returns True at the end of each interval.
 
     Args:
-        interval: Composer time string.
-        final_events: Events at which the function also returns True at the end of the run.
+        interval: Length of the interval, a Composer time string.
+        final_events: Events for which the function also returns True at the end of the run.
 
     Raises:
         ValueError: The interval is not a positive duration.
@@ -45,7 +45,7 @@ def loss_scale(state: State) -> float:
 
 
 def unwrapped(state: State) -> torch.nn.Module:
-    """Return the model without the wrappers of DDP and torch.compile, which pass on only ``forward``."""
+    """Return the model without the wrappers of DDP and torch.compile."""
     model: Any = state.model
     while isinstance(model, WRAPPERS):
         model = model._orig_mod if isinstance(model, OptimizedModule) else model.module

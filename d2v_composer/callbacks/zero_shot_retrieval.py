@@ -1,4 +1,4 @@
-"""Measure during training how good the representations are: zero-shot retrieval, probes, agreement with the teacher."""
+"""Measure embeddings during training, by zero-shot retrieval and further metrics."""
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -42,66 +42,57 @@ class _StoppedError(Exception):
 
 
 class ZeroShotRetrieval(Callback):
-    """Measure top-k retrieval accuracy on labeled sets, while the model trains without labels.
+    """Measure top-k retrieval accuracy on evaluation sets, at an interval and at the end of training.
 
-    The test samples are queries in the bank of the train samples, and the reverse. An evaluation embeds every image, or
-    audio clip, once, for both directions; several ranks share the work. Evaluations run every ``interval`` and at the
-    end of training, never twice for one batch.
+    The test samples are queries to a bank of the train samples, and the train samples to a bank of the test samples.
 
-    In any Composer run, the model needs a method ``embed_all`` or ``embed``; or pass a function ``embed``. The method
-    or function takes (B, 3, height, width) uint8 images, already on the model's device, resizes and normalizes them,
-    and returns one embedding, (B, D), or a dict of several by name. With audio clips, it takes (B, L) float32 and, only
-    if some are padded, the length of each clip in audio samples, (B,) int64. It is called in eval mode, without
-    gradients, in the run's precision.
+    The model needs a method ``embed_all`` or ``embed``, unless the argument ``embed`` is given. Each of these functions
+    returns embeddings, (B, D), or a dict of several embeddings by name, for images, (B, 3, height, width) uint8, or
+    clips, (B, L) float32, on the model's device. If any clips are padded, the second argument is the length of each
+    clip without padding, (B,) int64.
 
-    Logged: ``metrics/{dataset}/bank_{train|test}/top{k}`` for the headline; with ``all_embeddings`` also
-    ``metrics/{dataset}/bank_{train|test}/top{k}/{embedding}`` for each; the same below
-    ``metrics/{dataset}/{baseline}/`` for each baseline, and below ``metrics/{dataset}/in_index/`` for the student's
-    queries in the teacher's index; and ``time/zero_shot_retrieval`` in seconds. Probes have
-    ``{knn|knn_majority|linear}/top1``, ``agreement@10`` and ``{instance|zero_shot}/top{k}`` in place of
-    ``bank_{train|test}/top{k}``. ``metrics/mean/top1`` is the mean over data sets and banks of the student's top-1
-    retrieval accuracy by the headline.
+    Logged, as numbers from 0 to 1:
 
-    To Composer's callbacks, each measurement of the student is an evaluation labeled ``retrieval``, whose metrics have
+    - ``metrics/{dataset}/{measure}``: the model in the headline embedding;
+    - ``metrics/{dataset}/{baseline}/{measure}``: a baseline;
+    - ``metrics/{dataset}/in_index/{measure}``: the student's queries in the teacher's bank;
+    - ``metrics/mean/top1``: mean of the model's top-1 retrieval accuracies over data sets and banks.
+
+    A measure is ``bank_{train|test}/top{k}``, ``{knn|knn_majority|linear}/top1``, ``agreement@10`` or
+    ``{instance|zero_shot}/top{k}``. With ``all_embeddings``, keys that end with ``/{embedding}`` are logged, too.
+
+    For Composer's callbacks, each measurement of the model is an evaluation labeled ``retrieval``, whose metrics have
     the keys above without ``metrics/``. For example, ``EarlyStopper("mean/top1", "retrieval", patience="9ba")`` works.
 
+    Checkpoints keep the attributes.
+
     Args:
-        datasets: Name → labeled images or clips, in the splits train and test. For a set without labels,
-            agreement (only if there is a teacher) and instance are measured, whatever ``probes`` says.
+        datasets: Name → evaluation set. On a set without labels, the metrics that need no labels are measured.
         interval: Time between evaluations, a Composer time string.
-        ks: The k of top-k: a query is right if one of its k nearest samples of the bank has its label.
-        embed: Function to use instead of the model's own method.
-        headline: Name of the embedding that tables show and the short keys report, for a model with several embeddings.
-        all_embeddings: Measure the model's other embeddings, too.
-        baselines: Name → embed function, measured once at the start, to compare the model with. Default: the model's
-            ``retrieval_baselines()``, if it has that method.
-        at_start: Also evaluate the model before its first batch.
-        probes: Names of further measures of the test images. ``knn`` classifies an image by its 20 nearest train images
-            (DINO's weighted vote, and the majority), ``linear`` by a logistic regression (seconds for each embedding).
-            ``agreement`` is the share of an image's 10 nearest test images that the baseline named teacher finds, too,
-            in its embedding of the same name. ``instance`` tells whether one augmented view of an image finds the
-            other. ``zero_shot``, in sets with ``class_embeddings``, tells whether the text embedding of an image's
-            class is the nearest to its embedding.
+        ks: Numbers of neighbors. Top-k accuracy is the share of queries whose label any of the k nearest samples has.
+        embed: Function to use instead of the model's method.
+        headline: Name of the embedding that tables show, for a model with several embeddings.
+        all_embeddings: Measure all embeddings, not only the headline.
+        baselines: Name → function that embeds a batch, for comparison. Default: what the model's method
+            ``retrieval_baselines`` returns, if the model has this method.
+        at_start: Also evaluate the model before the first batch.
+        probes: Names of further metrics, from :data:`d2v_composer.evaluation.metrics.PROBES`.
         augment: The augmentation that makes the two views for ``instance``.
-        align: The callback that fits the student's alignment: before each evaluation if ``headline`` is ``embedding``
-            or a probe needs the alignment, otherwise only at the end of training.
-        models: Name → model, for ``student``, ``teacher`` and any other baseline. With them, results describe the
-            embeddings, and the student's queries are also looked up in the teacher's if both are in one space.
-        should_stop: Function that is called before each batch of samples. It must return False until training begins,
-            and the same on all ranks. True ends the evaluation; the run that resumes repeats it first.
-        device_batch_size: Number of images or clips embedded at once on each device.
-        progress_bar: Show a bar on rank 0's terminal.
+        align: The callback that fits the student's alignment before evaluations that need the alignment.
+        models: Name → model, for ``student`` and the baselines. The student's queries are also looked up in the
+            teacher's bank if the models are given and their embeddings are in one space.
+        should_stop: Function called before each batch of samples and each search. True ends the evaluation, which the
+            resumed run repeats. The result must be the same on all ranks, and False before training.
+        device_batch_size: Number of samples embedded at once on each device.
+        progress_bar: Show a progress bar, on rank 0.
 
     Attributes:
-        history: One entry for each evaluation, oldest first: ``{"batch": int, "metrics": {key: accuracy}}``; kept in
-            checkpoints.
-        baseline_metrics: Log key → accuracy of the baselines; kept in checkpoints.
-        results: Results in the headline embedding, for tables and the report: those of the baselines, of the student
-            before training and of the student as last measured, with its batch; kept in checkpoints. The results of
-            student and teacher include each test image's nearest train images, as many as the largest of ``ks``.
-        conditions: Dotted name → text: what the numbers of each set that the run ever measured depend on; kept in
-            checkpoints.
-        was_stopped: True if ``should_stop`` ended the last evaluation; kept in checkpoints.
+        history: One entry for each evaluation of the model, oldest first:
+            ``{"batch": int, "metrics": {key: accuracy}}``.
+        baseline_metrics: Log key → accuracy of the baselines.
+        results: The latest results that tables show.
+        conditions: Dotted name → text, for the conditions that a resumed run must not change.
+        was_stopped: True if ``should_stop`` ended the last evaluation.
 
     Example:
         >>> from d2v_composer import load_labeled_set
@@ -205,17 +196,17 @@ class ZeroShotRetrieval(Callback):
         """Restore the measurements.
 
         Raises:
-            InputError: A set has changed, so that its accuracies cannot be compared with those before.
+            InputError: A condition of a set has changed.
         """
         before, now = self.conditions | state["conditions"], state["conditions"] | self.conditions
         if changes := "; ".join(find_changes("retrieval.datasets", before, now)):
-            raise InputError(f"{changes}; give the set another name, or restore its samples and max_images")
+            raise InputError(f"{changes}; give the set another name, or restore its samples and settings")
         for name in KEPT:
             setattr(self, name, state[name])
         self.conditions, self.results = now, read_results(state["results"])
 
     def evaluate(self, state: State, logger: Logger) -> None:
-        """Measure the model and log the results, unless this was done at the same batch or the run should stop."""
+        """Measure the model and log the results, unless the last evaluation was after the same batch."""
         if self.history and self.history[-1]["batch"] == int(state.timestamp.batch):
             return
         self.was_stopped = True
@@ -223,16 +214,12 @@ class ZeroShotRetrieval(Callback):
             self.measure_student(state, logger)
 
     def measure_baselines(self, state: State, logger: Logger) -> None:
-        """Measure, on all sets, the rows of the tables that training does not change; keep and log the results."""
+        """Measure the baselines on all sets; keep and log the results."""
         rows = rows_of(self.baselines or {})
         self.baseline_metrics = self._measure(rows, {row.title for row in rows}, state, logger)
 
     def measure_student(self, state: State, logger: Logger) -> None:
-        """Measure the student's rows of the tables on all sets; keep and log the results.
-
-        The student's alignment is fitted first, where it is needed. The results replace earlier ones of the student,
-        but not those of the untrained student.
-        """
+        """Measure the student on all sets; keep and log the results."""
         batch = int(state.timestamp.batch)
         student = STUDENT if batch else UNTRAINED
         # If a shorter run has ended before, the student has an alignment that does not fit its weights anymore.
@@ -248,19 +235,18 @@ class ZeroShotRetrieval(Callback):
         run_evaluation_events(state, logger, metrics)
 
     def infos(self) -> dict[str, EmbeddingInfo]:
-        """Return name → description of the embedding, for each model that is known."""
+        """Return name → description of the embedding, for the known models."""
         names = {UNTRAINED: STUDENT, "encoder": TEACHER} | {name: name for name in self.models}
         return {name: self.models[model].embedding for name, model in names.items() if model in self.models}
 
     def weights(self, rows: Sequence[Row]) -> dict[str, str]:
-        """Return name → hash of the weights, for each known model that embeds queries of the rows."""
+        """Return name → hash of the weights, for the known models that embed queries of the rows."""
         names = {name: {UNTRAINED: STUDENT}.get(name, name) for name in (row.queries.model for row in rows)}
         return {name: self.models[model].identify_weights() for name, model in names.items() if model in self.models}
 
     def _measure(
         self, rows: Sequence[Row], outdated: Collection[str], state: State, logger: Logger
     ) -> dict[str, float]:
-        """Measure rows; replace the results of the outdated ones; log and return the accuracies by log key."""
         start, results, batch = time.monotonic(), list[Result](), int(state.timestamp.batch)
         ranks = Ranks(dist.get_global_rank(), dist.get_world_size())
         progress = "retrieval " if self.progress_bar and ranks.rank == 0 else None
@@ -313,11 +299,7 @@ class ZeroShotRetrieval(Callback):
 
 
 def run_evaluation_events(state: State, logger: Logger, metrics: Mapping[str, float]) -> None:
-    """Give accuracies to other callbacks as Composer's Trainer does after an evaluation of its own.
-
-    Loggers get no events: Composer's loggers would look for this evaluation in the Trainer, and the accuracies are
-    logged already.
-    """
+    """Run the events of an evaluation with the given accuracies, for all callbacks except loggers."""
     state.eval_metrics["retrieval"] = {}
     for key, accuracy in metrics.items():
         metric = MeanMetric(sync_on_compute=False)  # all ranks have the same accuracies
@@ -328,6 +310,6 @@ def run_evaluation_events(state: State, logger: Logger, metrics: Mapping[str, fl
     state.eval_timestamp = Timestamp()
     for event in (Event.EVAL_START, Event.EVAL_END):
         for callback in state.callbacks:
-            if not isinstance(callback, LoggerDestination):
+            if not isinstance(callback, LoggerDestination):  # loggers would look for this evaluation in the Trainer
                 callback.run_event(event, state, logger)
     state.set_dataloader(loader, label, -1 if length is None else length)

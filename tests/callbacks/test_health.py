@@ -82,9 +82,9 @@ def test_a_healthy_run_has_no_warnings(caplog: pytest.LogCaptureFixture) -> None
             Regressor(shift=1.2),
             r"dead at batch 5: the squared error 1.\d+ is no better than a constant prediction's, [01].\d+",
         ),
-        ("diverging", Regressor(errors=dict.fromkeys(range(10, 20), 0.2)), "diverging at batch 15: the loss 0.04 ex"),
-        ("non_finite", Regressor(errors={9: math.inf}), "non_finite at batch 10: not finite: loss, "),
-        ("non_finite", Regressor(errors={7: math.nan}), "non_finite at batch 10: not finite: loss"),
+        ("diverging", Regressor(errors=dict.fromkeys(range(10, 20), 0.2)), "diverging at batch 15: the mean loss 0.04"),
+        ("non_finite", Regressor(errors={9: math.inf}), "non_finite at batch 10: infinite or NaN: loss, "),
+        ("non_finite", Regressor(errors={7: math.nan}), "non_finite at batch 10: infinite or NaN: loss"),
     ],
 )
 def test_warns_once_of_each_state(state: str, model: Regressor, reason: str, caplog: pytest.LogCaptureFixture) -> None:
