@@ -1,1 +1,1 @@
-"""Run a checked config, up to the report: ``distill.train_student``, ``finetune.finetune``, ``detect.detect``."""
+"""Distillation, fine-tuning and detection: each run from its config to its report."""

@@ -1,4 +1,4 @@
-"""Prepare a run of ``d2v distill``: choose its settings, hold samples out, and convert all samples."""
+"""Prepare a run of ``d2v distill``: choose the settings, and convert the samples."""
 
 import json
 import math
@@ -58,18 +58,18 @@ FETCHED = f"{MARK}.fetched"
 
 
 class Request(NamedTuple):
-    """The arguments of a call of ``d2v distill``."""
+    """Arguments of ``d2v distill``."""
 
     source: str
     """Absolute path, glob or address of the samples."""
     teacher: str
     """Absolute path or address of the teacher's file, or timm/NAME."""
     out: Path
-    """The run's folder, OUT in messages."""
+    """Path of the run's folder."""
     column: str | None = None
-    """Name of the column that holds the samples; ``None``: the only column with samples."""
+    """Name of the column that holds the samples; ``None``: the only column that can hold samples."""
     changes: tuple[str, ...] = ()
-    """Settings of the user that replace chosen ones, each as dotted.key=value."""
+    """Settings that the user changed, each as dotted.key=value."""
 
     @property
     def settings(self) -> Path:
@@ -77,16 +77,16 @@ class Request(NamedTuple):
         return self.out / SETTINGS
 
     def check(self, **more: Json) -> Record:
-        """Check that an earlier call, if it began OUT, had the same arguments; ``changes`` may differ.
+        """Check that an earlier call in the folder ``out``, if any, had the same source, teacher and column.
 
         Args:
             **more: Further facts that must be the same, such as the number of samples.
 
         Returns:
-            The arguments and facts that must be the same, without secrets.
+            The source, teacher and column, and ``more``, without secrets.
 
         Raises:
-            InputError: One of them was different, or the file of the earlier call is damaged.
+            InputError: One of these values differs, or the record of the earlier call cannot be read.
         """
         about = hide_secrets({"source": self.source, "teacher": self.teacher, "column": self.column, **more})
         path = self.out / REQUEST
@@ -98,7 +98,7 @@ class Request(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The config, teacher and samples of a run, checked before anything is written."""
+    """The config, teacher and samples of a run."""
 
     config: TrainConfig
     teacher: Teacher
@@ -106,12 +106,13 @@ class Plan(NamedTuple):
 
 
 def prepare(request: Request) -> Plan | None:
-    """Plan the run, write its settings and convert its samples; ``None`` if its training has begun.
+    """Prepare a run: choose and write the settings, and convert the samples.
 
-    Shards that an interrupted call has written are not converted again.
+    Returns:
+        The plan; ``None`` if the run's training has begun.
 
     Raises:
-        InputError: OUT is in use or holds other files; or the samples, the teacher or a changed setting cannot be used.
+        InputError: The folder ``out``, the samples, the teacher or a changed setting cannot be used.
     """
     if has_begun(request):
         warn_of_changes(request)
@@ -133,11 +134,10 @@ def prepare(request: Request) -> Plan | None:
 
 
 def has_begun(request: Request) -> bool:
-    """Return True if OUT holds this command's run and its training has begun, so that its settings are fixed.
+    """Return whether the training of this request's run has begun in the folder ``out``.
 
     Raises:
-        InputError: OUT holds other files or another command's run, is inside the folder of samples, or cannot be
-            written.
+        InputError: The run cannot be in ``out``; the message says why.
     """
     source, out, path = request.source, request.out, request.settings
     if not is_remote(source) and out.resolve().is_relative_to(Path(source).resolve(strict="*" not in source)):
@@ -154,7 +154,7 @@ def has_begun(request: Request) -> bool:
 
 
 def warn_of_changes(request: Request) -> None:
-    """Print a warning if a source on this machine has changed since the run read it, which it does not do again."""
+    """Print a warning if a source on this machine has changed since the run converted the samples."""
     if is_remote(request.source):
         return
     for modality in (kind() for kind in MODALITIES.values()):
@@ -165,7 +165,7 @@ def warn_of_changes(request: Request) -> None:
             except InputError:
                 print(
                     f"warning: {request.source} has changed since {request.out} was begun; the run trains on the "
-                    f"samples in {samples}, and to train on the new ones, choose another --out",
+                    f"samples in {samples}; to train on the changed source, choose another --out",
                     file=sys.stderr,
                 )
 
@@ -205,10 +205,10 @@ def make_plan(request: Request, fetched: Path) -> Plan:
 
 
 def convert_samples(request: Request, plan: Plan) -> None:
-    """Write the request and the settings; convert the held-out and the training samples that are not converted yet.
+    """Write the request and the settings, and convert the splits that are not converted yet.
 
     Raises:
-        InputError: An earlier call began with other samples or options, or too few samples are left to train on.
+        InputError: An earlier call had other samples or options, or the training samples are fewer than a batch.
     """
     config, source, modality = plan.config, plan.source, plan.source.modality
     samples = request.out / modality.unit
@@ -217,7 +217,7 @@ def convert_samples(request: Request, plan: Plan) -> None:
     about = request.check(**made_from)
     write_atomically(request.out / REQUEST, json.dumps(about))
     write_settings(request, config)
-    print(f"all settings, including yours, are in {request.settings}")
+    print(f"all settings are in {request.settings}")
     splits = {split: options for split, options in splits.items() if not (samples / split / INDEX).exists()}
     if not splits:
         return
@@ -236,9 +236,9 @@ def convert_samples(request: Request, plan: Plan) -> None:
 def configure(
     request: Request, samples: Path, chosen: Mapping[str, Json], path: str | Path = os.devnull
 ) -> TrainConfig:
-    """Return the run's config from these settings, of which later ones win.
+    """Return the run's config.
 
-    They are those of the YAML ``path``, the ``chosen`` ones, the command's own, and the request's changes.
+    The settings in ``chosen`` replace those of the YAML ``path``, and the request's arguments replace both.
 
     Raises:
         InputError: A changed setting is invalid.
@@ -258,7 +258,7 @@ def read_settings(request: Request) -> TrainConfig:
     """Return the config in the ``distill.yaml`` that an earlier call wrote, with this request's changes.
 
     Raises:
-        InputError: A changed setting is invalid.
+        InputError: The file cannot be read, or a changed setting is invalid.
     """
     with reading(request.settings):
         written = yaml.safe_load(request.settings.read_text())
@@ -269,10 +269,10 @@ def read_settings(request: Request) -> TrainConfig:
 
 
 def update_settings(request: Request, config: TrainConfig, trainer: Trainer) -> None:
-    """Write the settings with which the run resumes, unless they would change its results.
+    """Write the settings of a run that is about to train.
 
     Raises:
-        InputError: A setting has changed on which the run's results depend.
+        InputError: A setting on which the run's result depends has changed.
     """
     before = read_settings(request._replace(changes=()))  # not run.yaml: if OUT was moved, it has the old place
     record = find_callback(trainer.state, RunRecord)
@@ -296,7 +296,7 @@ def as_yaml(value: Json) -> str:
 
 
 def choose_settings(num_samples: int, teacher: TeacherConfig) -> Record:
-    """Choose sizes and duration: on a CPU as in yamls/quickstart.yaml, on GPUs as in yamls/distill.yaml.
+    """Choose the settings of a run for this machine.
 
     Args:
         num_samples: Number of images or clips in the source.
@@ -333,7 +333,7 @@ def choose_settings(num_samples: int, teacher: TeacherConfig) -> Record:
 
 
 def conversion_options(modality: Modality, config: TrainConfig, held_out: bool) -> Record:
-    """Return the options of :func:`convert` that shrink images, or shorten held-out clips, to what the run needs."""
+    """Return options of :func:`convert`: the size of images, or the maximum length of held-out clips."""
     if isinstance(modality, Images):
         image_size = parse_image_size(config.teacher.image_size or modality.image_size)
         return {"resize": max(height_and_width(image_size)) * 8 // 7}  # 256 for 224

@@ -1,6 +1,6 @@
 """A classifier for Composer: a linear head on the embedding of a student or a teacher.
 
-Shapes: B images of S pixels per side, or clips of L audio samples, T tokens, D channels, C classes.
+Shapes: B images, or clips of L audio samples; D channels, C classes.
 """
 
 from collections.abc import Sequence
@@ -24,22 +24,21 @@ FIXED = "fixed_positional_encoder."
 class Classifier(ComposerModel):
     """Train the blocks, the head and optionally the encoder of a student or teacher with labels.
 
-    A batch is images, (B, 3, S, S), or waveforms, (B, L), as for the encoder, and labels: (B,) int64, or (B, C) float
-    of mixed labels. If waveforms are padded, their lengths in audio samples follow, (B,) int64. :meth:`prepare`
-    normalizes the images of a batch on the device, before Composer's algorithms mix them.
+    A batch is images, (B, 3, height, width), or waveforms, (B, L), and labels: (B,) int64, or (B, C) float if mixed.
+    If waveforms are padded, their lengths in audio samples follow, (B,) int64. :meth:`prepare` normalizes images.
 
-    Parameters on which the embedding does not depend, such as the last norm for ``layer_mean``, are frozen.
+    Parameters on which the embedding does not depend are frozen.
 
     Args:
         backbone: Student or teacher; ``requires_grad`` of its parameters is changed.
         num_classes: Number of classes, C.
-        train_encoder: Train the encoder too, except fixed positions.
+        train_encoder: Also train the encoder, except fixed positions.
         cpu_bf16: Compute in bfloat16 autocast on a CPU, where Composer's Trainer only accepts fp32.
 
     Attributes:
         head: Linear, (D) → (C), initially zeros.
-        depth_of_trained: Name of each trained parameter → its depth: 0 before the first block; in a block, the block's
-            number from 1, counted through encoder and backbone; in the head, the number of blocks + 1.
+        depth_of_trained: Name of each trained parameter → its depth, from 0 before the encoder's first block to the
+            number of all blocks + 1 in the head.
     """
 
     def __init__(
@@ -85,7 +84,7 @@ class Classifier(ComposerModel):
 
     @torch.no_grad()
     def prepare(self, batch: Batch) -> Batch:
-        """Resize and normalize the images of a batch, on their device; waveforms stay as they are."""
+        """Resize and normalize images; return waveforms unchanged."""
         values, *rest = batch
         return self.backbone.encoder.normalized(values), *rest
 

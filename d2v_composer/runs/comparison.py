@@ -1,4 +1,4 @@
-"""Build the models that an evaluation compares, and its labeled sets."""
+"""Build the models and the labeled sets of an evaluation."""
 
 import sys
 from contextlib import suppress
@@ -32,23 +32,21 @@ from d2v_composer.system.processes import global_rank
 
 
 def build_labeled_sets(lookup: LookupConfig, modality: Modality, embedding: EmbeddingInfo) -> dict[str, EvaluationSet]:
-    """Load the labeled sets in ``lookup.datasets``, by name; a set whose value is null is left out.
+    """Load the labeled sets in ``lookup.datasets`` that are not null, by name.
 
-    A warning says how many test samples are also train samples, which makes accuracies too high.
+    A warning is printed if test samples are also train samples.
 
     Args:
-        lookup: A section with the fields ``datasets``, ``probes`` and ``max_images``.
+        lookup: The section that names the data sets and the probes.
         modality: Modality of the samples.
-        embedding: The embedding to compare with ``class_embeddings``; only ``joint`` is in their space.
+        embedding: The embedding that the probe ``zero_shot`` measures.
 
     Raises:
-        InputError: A data set cannot be used.
+        InputError: A data set cannot be used, or the probe ``zero_shot`` cannot be measured.
     """
     width = embedding.width if embedding.of == JOINT else 0
     if "zero_shot" in lookup.probes and not width:
-        raise InputError(
-            f"probes: zero_shot needs the embedding {JOINT}, which shares a space with texts; got {embedding.of}"
-        )
+        raise InputError(f"probes: zero_shot needs the embedding {JOINT}, got {embedding.of}")
     sets = {name: load() for name, load in open_labeled_sets(lookup.model_dump(), modality).items()}
     widths = {labeled.class_embeddings.shape[1] for labeled in sets.values() if labeled.class_embeddings is not None}
     if "zero_shot" in lookup.probes and widths != {width}:
@@ -67,8 +65,7 @@ def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None
     """Build a student as it was before its training, or a teacher's default student.
 
     Returns:
-        The student; ``None``, after a line on stderr, if the teacher is needed but not known, or if the Hugging Face
-        hub cannot be reached.
+        The student; ``None``, after a line on stderr, if its initial weights are not available.
     """
     if isinstance(model, Teacher):
         return model.build_student()
@@ -96,13 +93,10 @@ def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None
 
 
 def align_untrained(untrained: Backbone, model: Backbone, teacher: Teacher | None, device: str) -> bool:
-    """Give an untrained student an alignment of its own, made in the same way as the trained student's.
-
-    The alignment is fitted to the same training samples or, if the run trained it, has the run's initial weights. A
-    student without an alignment gets none.
+    """Align an untrained student in the same way as the trained student.
 
     Returns:
-        True; False, after a line on stderr, if the run's teacher or its training samples are missing.
+        True; False, after a line on stderr, if the run's teacher or training samples are not available.
     """
     info, source, batches = model.embedding, None, []
     if info.made_by in ("teacher", "raw"):
@@ -119,7 +113,9 @@ def align_untrained(untrained: Backbone, model: Backbone, teacher: Teacher | Non
             batches = choose_alignment_samples(index, *sizes, config["device_eval_batch_size"])
     if source is None or teacher is None or not teacher.embedding.is_in_space_of(info):
         needed = (
-            "the run's teacher (teacher=PATH)" if teacher is None else f"the run's data and its teacher's {info.of}"
+            "the run's teacher (teacher=PATH)"
+            if teacher is None
+            else f"the run's data and the embedding {info.of} of the run's teacher"
         )
         print(f"the untrained student is not measured: its alignment needs {needed}", file=sys.stderr)
         return False
@@ -135,7 +131,7 @@ def align_untrained(untrained: Backbone, model: Backbone, teacher: Teacher | Non
 
 
 def load_rival(place: str, modality: str) -> Backbone:
-    """Load a further model to compare, from a file or, as ``timm/NAME``, from timm.
+    """Load a further model to compare: a file or, as ``timm/NAME``, a model of timm.
 
     Raises:
         InputError: The model cannot be loaded, or takes samples of another modality.
@@ -148,18 +144,20 @@ def load_rival(place: str, modality: str) -> Backbone:
         else:
             model, _ = load_any(place)
         if (rival_modality := model.encoder.config.modality) != modality:
-            raise InputError(f"{place}: expected a model of {modality} samples, got one of {rival_modality} samples")
+            raise InputError(
+                f"{place}: expected a model for {modality} samples, got a model for {rival_modality} samples"
+            )
     return model
 
 
 def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Evaluation]:
-    """Load a model, and what it is compared with: baselines, an untrained student, the teacher if known, and rivals.
+    """Load a model, and build the evaluation that compares the model with baselines and other models.
 
     Returns:
         The model, and the evaluation, which has not run yet.
 
     Raises:
-        InputError: A file cannot be used, or the model lacks the chosen embedding.
+        InputError: A file, model or setting cannot be used.
     """
     model, teacher = config.load()
     modality = modality_of(model.encoder.config)
@@ -175,7 +173,7 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Eva
     places = [*map(hide_secrets, config.rivals)]
     if taken := [place for place in places if place in (*ROWS, GAP_CLOSED) or places.count(place) > 1]:
         raise InputError(
-            f"rivals: {taken[0]!r} is also the title of another row; write a file as ./{taken[0]}, and only once"
+            f"rivals: {taken[0]!r} is also the title of another row; write a file as ./{taken[0]}, and each rival once"
         )
     compared = zip(GAP, (untrained, None if isinstance(model, Teacher) else model, teacher), strict=True)
     models = {name: candidate.eval().to(device) for name, candidate in compared if candidate is not None}

@@ -1,4 +1,4 @@
-"""Build a detector's run from its config (backbone, data, Trainer); then train, report and close."""
+"""Train a detector, from the config to the report."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,11 +39,11 @@ from d2v_composer.training_data.loader import check_memory
 
 
 def detect(config: DetectConfig, callbacks: Sequence[Callback] = ()) -> Trainer:
-    """Train a detector on a student's features, from the run's last checkpoint if there is one, and write the report.
+    """Train a detector on a student's features, or resume the run, and write the report.
 
     Args:
         config: Config of the run.
-        callbacks: Further callbacks, besides the YAML's.
+        callbacks: Callbacks besides the YAML's.
 
     Returns:
         The Trainer, closed.
@@ -104,10 +104,10 @@ def report(trainer: Trainer, config: DetectConfig) -> None:
 
 
 def load_backbone(config: DetectConfig) -> Backbone:
-    """Load a student without alignment and head, or build a timm model, for the run's image size.
+    """Load a student, or build a timm model, for the run's image size.
 
     Raises:
-        InputError: The file does not hold a student of images, or the model cannot be built for this size.
+        InputError: The model is not a student that takes images, or cannot be built for the image size.
     """
     size = config.image_size
     if config.model.startswith(TIMM_PREFIX) and not Path(config.model).exists():

@@ -36,23 +36,21 @@ SIZES, RATIOS = (4, 4 * 2 ** (1 / 3), 4 * 2 ** (2 / 3)), (0.5, 1.0, 2.0)
 
 
 class Norm(nn.GroupNorm):
-    """GroupNorm that also takes groups of one value, as in a feature map with one cell; it then returns the bias."""
+    """GroupNorm that also takes groups of a single value."""
 
     def forward(self, input: Tensor) -> Tensor:
         return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
 
 class FeatureMaps(nn.Module):
-    """A student's feature maps and a feature pyramid on them, which torchvision calls the backbone.
-
-    A CNN, or a Swin, has a feature map for each stride; a ViT, and a student of blocks, has one feature map.
+    """A student with a feature pyramid, as the backbone of torchvision's detector.
 
     Args:
         student: The student whose feature maps are used.
         channels: Number of channels of the pyramid's maps.
 
     Attributes:
-        strides: Pixels per cell, for each map of the pyramid. The pyramid adds two maps to those of the student.
+        strides: Stride of each of the pyramid's maps, in pixels.
     """
 
     def __init__(self, student: Backbone, channels: int) -> None:
@@ -68,7 +66,7 @@ class FeatureMaps(nn.Module):
         self.pyramid = FeaturePyramidNetwork(widths, channels, LastLevelP6P7(channels, channels))
 
     def maps(self, images: Tensor) -> list[Tensor]:
-        """Return a student's feature maps of normalized images, each (B, C, rows, columns), as timm's features_only."""
+        """Return the feature maps of normalized images, (B, 3, height, width); each map is (B, C, rows, columns)."""
         student = self.student
         if isinstance(student, TimmStudent):
             return student.encoder.model.forward_intermediates(images, self.indices, intermediates_only=True)
@@ -80,13 +78,13 @@ class FeatureMaps(nn.Module):
 
 
 class AveragePrecision(MeanAveragePrecision):
-    """COCO's average precision, the mean over classes and ``iou_thresholds``: from 0 to 1, or -1 without boxes."""
+    """COCO's average precision, from 0 to 1: the mean over classes and ``iou_thresholds``; -1 if there are no boxes."""
 
     def compute(self) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return super().compute()["map"]
 
     def _sync_dist(self, *_: Any, **__: Any) -> None:
-        """Gather the results of all ranks; torchmetrics would wait forever if one rank has more images than another."""
+        # torchmetrics would wait forever if one rank has more images than another.
         for name in self._reductions:
             of_ranks = dist.all_gather_object([tensor.cpu() for tensor in getattr(self, name)])
             setattr(self, name, [tensor for of_rank in of_ranks for tensor in of_rank])
@@ -99,19 +97,18 @@ class Detector(ComposerModel):
     (B, M) int64, from 1, and 0 where there is no box; and crowds, (B, M) bool: True for regions of a test image in
     which detections are not errors.
 
-    Parameters on which the maps do not depend, such as a ViT's last norm, are frozen; so is the encoder of a student of
-    blocks. A BatchNorm whose weights are frozen keeps its statistics.
+    The encoder of a student that is not a timm model is frozen, and so is each parameter on which the feature maps do
+    not depend. A BatchNorm without trained weights keeps its statistics.
 
     Args:
-        student: The backbone; ``requires_grad`` of its parameters is changed.
+        student: The student; ``requires_grad`` of its parameters is changed.
         num_classes: Number of classes.
         channels: Number of channels of the feature pyramid and of the heads.
-        frozen_stages: Number of parts of the backbone, from the first on, that are not trained. The first part is the
-            stem, or the encoder of a student of blocks; then come stages or blocks.
+        frozen_stages: Number of parts that are not trained, from the first in :func:`stages_of` on.
         cpu_bf16: Compute in bfloat16 autocast on a CPU, where Composer's Trainer only accepts fp32.
 
     Attributes:
-        depth_of_trained: Name of each trained parameter → 0 in the backbone, 1 in the rest.
+        depth_of_trained: Name of each trained parameter → 0 in the student, 1 in the detector's other parts.
     """
 
     STUDENT = "net.backbone.student."
@@ -171,7 +168,7 @@ class Detector(ComposerModel):
         return self
 
     def forward(self, batch: Batch) -> Any:
-        """Return the losses of a batch by name or, in eval mode, the boxes, labels and scores found in each image."""
+        """Return the losses of a batch by name or, in eval mode, each image's detected boxes, labels and scores."""
         with cpu_autocast(self.cpu_bf16):
             return self.net(list(batch[0] / 255), targets_of(batch) if self.training else None)
 
@@ -180,7 +177,7 @@ class Detector(ComposerModel):
         return {**outputs, "total": torch.stack([*outputs.values()]).sum()}
 
     def get_metrics(self, is_train: bool) -> dict[str, Metric]:
-        """Return the metrics of an evaluation: COCO's mean average precision, and that at an IoU of 0.5 alone."""
+        """Return the metrics of an evaluation: COCO's average precision, and the average precision at an IoU of 0.5."""
         return {} if is_train else self.metrics
 
     def update_metric(self, batch: Batch, outputs: Any, metric: Metric) -> None:
@@ -196,7 +193,7 @@ def targets_of(batch: Batch) -> list[dict[str, Tensor]]:
 
 
 def stages_of(student: Backbone) -> list[list[nn.Parameter]]:
-    """Return the parameters of each part: the stem and stages or, for a student of blocks, the encoder and blocks."""
+    """Return the parameters of each part: timm's groups or, for other students, the encoder and each block."""
     if not isinstance(student, TimmStudent):
         return [list(part.parameters()) for part in (student.encoder, *student.block_list)]
     model: Any = student.encoder.model

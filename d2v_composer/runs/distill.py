@@ -1,7 +1,4 @@
-"""Distill a student: build model, data and retrieval from the config, then train, report and close.
-
-What all kinds of runs share is in ``trainer.py``.
-"""
+"""Distill a student, from the config to the report."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -63,16 +60,16 @@ def train_student(
     loggers: Sequence[LoggerDestination] = (),
     when_built: Callable[[Trainer], object] = lambda trainer: None,
 ) -> Trainer:
-    """Train a student, from the run's last checkpoint if there is one, and write the report. Call it on every rank.
+    """Train a student, or resume the run, and write the report. Call this function on every rank.
 
     Args:
         config: Config of the run.
         callbacks, algorithms, loggers: Callbacks, algorithms and loggers besides the YAML's.
         teacher: The config's teacher, if it is loaded already.
-        train_dataloader: This rank's loader, instead of ``train_loader``; the run does not check its samples.
+        train_dataloader: This rank's loader of training samples, instead of the section ``train_loader``.
         alignment_samples: With a ``train_dataloader``, the samples to which :class:`AlignStudent` fits the alignment;
             default: no alignment.
-        when_built: Called with the Trainer before the training, when no bad input can end the run anymore.
+        when_built: Function that is called with the Trainer before the training.
 
     Returns:
         The Trainer, closed.
@@ -133,13 +130,13 @@ def train_student(
 
 
 class TrainingData(NamedTuple):
-    """The training data of a run, and what is built from them."""
+    """The training data of a run."""
 
     loader: DataLoader[object]
     kept: KeptTargets | None
-    """The callback that keeps the targets of fixed views; ``None`` without such views."""
+    """The callback that keeps the teacher's targets on disk, if the run has one."""
     alignment_samples: Samples | None
-    """The samples to which the student's alignment is fitted; ``None``: the student gets none."""
+    """The samples to which the student's alignment is fitted; ``None``: no alignment is fitted."""
     about: Record
     """The section ``data`` of the run's record."""
     shown: str
@@ -149,22 +146,24 @@ class TrainingData(NamedTuple):
 def build_data(
     config: TrainConfig, model: DistillationModel, given: DataLoader[object] | None, samples: Samples | None
 ) -> TrainingData:
-    """Build the training data; a ``given`` loader, with ``samples`` for the alignment, replaces ``train_loader``.
+    """Build the training data from the section ``train_loader``, or from a ``given`` loader and alignment ``samples``.
 
     Raises:
-        InputError: The data cannot be used, or ``train_loader.views`` is set although a loader is given.
+        InputError: The data or a setting cannot be used.
     """
     modality, loader = modality_of(model.teacher.config), config.train_loader
     if given is not None:
         if loader.views is not None:
-            raise InputError("train_loader.views: must be null with a train_dataloader of your own")
+            raise InputError("train_loader.views: must be null if train_dataloader is given")
         shown = f"from train_dataloader{'' if samples is not None else '; no alignment without alignment_samples'}"
         return TrainingData(given, None, samples, {"modality": modality.name}, shown)
     index = read_train_index(loader, modality, config.global_train_batch_size)
     kept = build_kept_targets(config, model, index)
     collated = {} if kept is None else {"collate": kept.collate, "extra_bytes": kept.row_bytes}
     built = build_train_loader(config, loader, index, is_compiled=config.compile is not False, **collated)
-    shown = f"{len(index):,} in {index.source}{'' if index.has_hashes else ', checked by size (index without hashes)'}"
+    shown = (
+        f"{len(index):,} in {index.source}{'' if index.has_hashes else ', checked by size, as the index has no hashes'}"
+    )
     return TrainingData(built, kept, open_alignment_samples(config, index), index.describe(), shown)
 
 
@@ -196,14 +195,14 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
         )
     if model.compares_microbatches and config.device_train_microbatch_size == "auto":
         raise InputError(
-            "device_train_microbatch_size: must be a number or null, got 'auto', because a term of the loss compares "
-            "the inputs of a microbatch"
+            "device_train_microbatch_size: must be a number or null, because a term of the loss compares the inputs of "
+            "a microbatch; got 'auto'"
         )
     return model
 
 
 def apply_precision_and_compile(config: TrainConfig, model: DistillationModel) -> None:
-    """Cast the teacher to the run's precision; if the config says so, compile the model and recompute its activations.
+    """Cast the teacher to the run's precision and, as configured, compile the model and checkpoint activations.
 
     Raises:
         InputError: timm cannot recompute this student's activations.
@@ -231,7 +230,7 @@ def build_teacher(config: TrainConfig) -> Teacher:
 
 
 def build_kept_targets(config: TrainConfig, model: DistillationModel, index: Index) -> KeptTargets | None:
-    """Build the callback that keeps the targets of fixed views; ``None`` without such views."""
+    """Build the callback that keeps targets on disk; ``None`` if ``train_loader.views`` or ``save_folder`` is null."""
     loader, folder = config.train_loader, config.run_folder
     if loader.views is None or folder is None:
         return None
@@ -248,11 +247,10 @@ def build_kept_targets(config: TrainConfig, model: DistillationModel, index: Ind
 
 
 def set_teachers_embedding(config: TrainConfig, teacher: Teacher) -> None:
-    """Set the teacher's embedding to the one that the section ``alignment`` names, if it names one.
+    """Let the teacher's embedding be the embedding that the section ``alignment`` names, if any.
 
     Raises:
-        InputError: The teacher lacks this embedding; or a data2vec 2.0 teacher with ``first_blocks`` lacks some of the
-            layers that ``layer_mean`` averages.
+        InputError: The teacher does not have this embedding.
     """
     alignment, section = config.alignment, config.teacher
     with errors_of("alignment"):
@@ -298,7 +296,7 @@ def build_alignment(config: TrainConfig, model: DistillationModel, samples: Samp
 
 
 def open_alignment_samples(config: TrainConfig, index: Index) -> Source:
-    """Open at most ``alignment.max_samples`` training samples, to fit an alignment to; clips are sorted by length."""
+    """Open the training samples to which the alignment is fitted: at most ``alignment.max_samples``."""
     numbers = choose_alignment_samples(index, config.seed, config.alignment.max_samples, config.device_eval_batch_size)
     return open_mds(index, config.train_loader.cache_limit).select(numbers.ravel())
 
@@ -312,10 +310,10 @@ def build_retrieval(
         config: Config of the run.
         model: Model that the run trains.
         align: Callback that fits the student's alignment, if the run has one.
-        stop: The signal that ends the run, and with it a measurement.
+        stop: Holds whether the run is to end, which also ends a retrieval.
 
     Raises:
-        InputError: A data set cannot be used.
+        InputError: A data set or setting cannot be used.
     """
     retrieval = config.retrieval
     if not any(retrieval.datasets.values()):
@@ -347,7 +345,7 @@ def build_retrieval(
 
 
 def choose_embeds(config: TrainConfig, model: DistillationModel) -> tuple[str, Embed, dict[str, Embed]]:
-    """Return the name of the headline embedding, the student's embed function, and the baselines' by name.
+    """Return the name of the embedding that tables show, the student's embed function, and those of the baselines.
 
     Raises:
         InputError: The section ``retrieval`` names an embedding or a baseline that these models do not have.
@@ -365,7 +363,7 @@ def choose_embeds(config: TrainConfig, model: DistillationModel) -> tuple[str, E
 
 
 def embeds_of(config: TrainConfig, model: DistillationModel) -> dict[str, Embed]:
-    """Return name → function that embeds a batch, for pixels or log_mel, the encoder alone, teacher and student."""
+    """Return the functions with which the baselines and the student embed a batch, by name."""
     models = {TEACHER: model.teacher, STUDENT: model.student}
     fill_to = config.device_eval_batch_size if config.compile else 0
     shared = share_encoders(model.teacher, models, model.student.layer_mean, fill_to)

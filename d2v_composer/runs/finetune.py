@@ -1,4 +1,4 @@
-"""Build a fine-tuning run from its config (backbone, data, Trainer); then train, report and close."""
+"""Fine-tune a classifier, from the config to the report."""
 
 import hashlib
 from collections.abc import Sequence
@@ -41,11 +41,11 @@ EVALUATOR = "test"
 
 
 def finetune(config: FinetuneConfig, callbacks: Sequence[Callback] = ()) -> Trainer:
-    """Fine-tune a classifier, from the run's last checkpoint if there is one, and write the report.
+    """Fine-tune a classifier, or resume the run, and write the report.
 
     Args:
         config: Config of the run.
-        callbacks: Further callbacks, besides the YAML's.
+        callbacks: Callbacks besides the YAML's.
 
     Returns:
         The Trainer, closed.
@@ -118,22 +118,20 @@ class LabeledData(NamedTuple):
     """Training and test samples of a fine-tuning run."""
 
     train_loader: DataLoader
-    """Augmented samples of this rank, with their labels."""
+    """Loader of this rank's augmented training samples, with labels."""
     test: LabeledSamples
     class_names: tuple[str, ...]
-    """Name of each label; empty if the labels are only numbers."""
+    """Name of each class; empty if the classes have no names."""
     num_classes: int
     about: Record
-    """Description for the run's record: modality, location, number and hash of the train samples, hash of the test
-    samples and their labels."""
+    """The section ``data`` of the run's record."""
 
 
 def build_data(config: FinetuneConfig, sizes: EncoderConfig) -> LabeledData:
     """Build training and test samples from the sections ``dataset`` and ``train_loader``, for an encoder's sizes.
 
     Raises:
-        InputError: The data set cannot be used or is smaller than a batch, or the node has too little disk space or
-            shared memory.
+        InputError: The data set cannot be used, or the node has too little disk space or shared memory.
     """
     dataset, root, modality = config.dataset, Path(config.dataset.root), modality_of(sizes)
     loader = TrainLoaderConfig(**config.train_loader.model_dump(), local=str(root / "train"), column=dataset.column)
@@ -154,8 +152,7 @@ def count_classes(root: Path, class_names: tuple[str, ...], tested: Tensor) -> i
     """Return the number of classes, given their names and the labels of the test samples, (N,).
 
     Raises:
-        InputError: There are fewer than two classes, or a label is negative, or at least 100 times the
-            number of classes.
+        InputError: There are fewer than two classes, or a label is negative or far too large.
     """
     labels = tested.unique()
     smallest, largest, num_known = int(labels.min()), int(labels.max()), max(len(class_names), len(labels))

@@ -1,4 +1,4 @@
-"""Try a run before it starts: check its stores, train briefly with a SIGTERM and a resume, compute what it needs."""
+"""Try a run before it starts."""
 
 import json
 import shutil
@@ -41,9 +41,9 @@ PHASE_SECONDS, STOP_SECONDS = 3600.0, 120.0  # compiling takes minutes, the time
 
 
 def preflight(argv: Sequence[str], config: TrainConfig, train_script: Path) -> bool:
-    """Check and try a run; print a table of the checks, then the pace, time and nodes of the whole run.
+    """Try a run; print a table of the checks and, if all pass, what the whole run will need.
 
-    Call it in one process, before a process group exists.
+    Call this function in one process, before a process group exists.
 
     Returns:
         True if all checks passed.
@@ -69,7 +69,7 @@ def preflight(argv: Sequence[str], config: TrainConfig, train_script: Path) -> b
                 failed = error
                 print_row(name, "FAILED", reason(error))
         if failed is None:
-            print("\nThe whole run will need (if nothing else used the machine during the preflight):")
+            print("\nThe whole run will need, if nothing else used the machine during the preflight:")
             print(run.needs(), flush=True)
     return failed is None
 
@@ -79,15 +79,15 @@ def print_row(name: str, verdict: str, result: str) -> None:
 
 
 class Rehearsal:
-    """The user's run at a small scale, in folders of its own.
+    """A short run with the user's arguments, in other folders.
 
-    Each method that :func:`preflight` calls returns a line for the table, and raises if the user's run would fail.
+    A method that checks something returns a text for the table, and raises an exception if the check fails.
     """
 
     def __init__(self, argv: Sequence[str], config: TrainConfig, train_script: Path) -> None:
         self.command, self.config, self.ranks = [str(train_script), *argv], config, dist.get_local_world_size()
         self.data: Record = {}
-        """The section ``data`` of the run's record: modality, location and number of samples."""
+        """The section ``data`` of the run's record."""
         self.logged: dict[str, dict[int, float]] = {}
         self.temporary = TemporaryDirectory()
         self.output = Path(self.temporary.name, "output.txt")
@@ -102,10 +102,10 @@ class Rehearsal:
         self.batches = (self.intervals + 1) * INTERVAL + on_gpu * loader.num_workers * loader.prefetch_factor
 
     def check_shards(self) -> str:
-        """Check that the store of the training data has each shard."""
+        """Check that the store of the training data, if any, has each shard."""
         remote = self.config.train_loader.remote
         if remote is None:
-            return "the shards are on this machine; the training below reads them"
+            return "the shards are on this machine, not in a store"
         fetch_index(remote, Path(self.temporary.name))
         shards = json.loads(Path(self.temporary.name, INDEX).read_bytes())["shards"]
         names = [(shard.get("zip_data") or shard["raw_data"])["basename"] for shard in shards]
@@ -115,7 +115,7 @@ class Rehearsal:
         return f"{remote} has all {len(names)} shards"
 
     def train(self) -> str:
-        """Measure the baselines, and train a few batches."""
+        """Train a few batches."""
         self.remove()  # what a killed preflight left
         self.start("max_duration=500ba")
         self.wait(PHASE_SECONDS, STOP_AFTER_BATCHES)
@@ -125,14 +125,14 @@ class Rehearsal:
         return f"{trained} batches"
 
     def stop(self) -> str:
-        """Send SIGTERM to all processes, which must save a checkpoint and exit with status 143."""
+        """Send SIGTERM to all processes; the run must exit with status 143."""
         self.signal(signal.SIGTERM)
-        if (status := self.wait(STOP_SECONDS)) != 128 + signal.SIGTERM:
-            raise self.fault(f"expected exit status 143 within {STOP_SECONDS:.0f} s of SIGTERM, got {status}")
-        return f"all processes exited with status 143 after batch {self.num_batches()}"
+        if self.wait(STOP_SECONDS) != 128 + signal.SIGTERM:
+            raise self.fault(f"the run did not exit with status 143 within {STOP_SECONDS:.0f} s of SIGTERM")
+        return f"the run exited with status 143 after batch {self.num_batches()}"
 
     def resume(self) -> str:
-        """Resume, train long enough to measure the speed, and measure the student."""
+        """Resume, and train long enough to measure the speed."""
         batch = self.num_batches()
         if self.folder.address is not None:
             for copy in self.folder.local.glob("*.pt"):  # the store's must do, as on another machine
@@ -145,10 +145,10 @@ class Rehearsal:
             raise self.fault(f"the run started over instead of resuming at batch {batch}")
         self.logged = read_jsonl(self.log)
         size = f"a checkpoint has {self.latest.stat().st_size / 1e6:,.0f} MB"
-        return f"from batch {batch}, {self.batches} more batches, then retrieval; {size}"
+        return f"from batch {batch}, {self.batches} more batches; {size}"
 
     def export(self) -> str:
-        """Export the student of the newest checkpoint, and load it again."""
+        """Export the student of the newest checkpoint, and load the file."""
         out = Path(self.temporary.name, "student.safetensors")
         student, _ = load_any(self.latest, teacher=self.config.teacher.checkpoint)
         save_student(student, out)
@@ -159,7 +159,7 @@ class Rehearsal:
         return self.log.read_text().count('"loss/train/total"') if self.log.is_file() else 0
 
     def start(self, *overrides: str) -> None:
-        """Start the rehearsal with overrides that keep its files apart from the user's run and limit what it reads."""
+        """Start the rehearsal, with further overrides."""
         loader = self.config.train_loader
         launcher = [sys.executable, "-m", "composer.cli", "--nproc", str(self.ranks)]
         settings = [
@@ -177,7 +177,7 @@ class Rehearsal:
             self.process = start_program(command, stdout=output, stderr=subprocess.STDOUT)
 
     def wait(self, seconds: float, batches: float = inf) -> int | None:
-        """Wait until the run has trained ``batches``, exits or takes ``seconds``; return its exit status, if any."""
+        """Wait until the run has trained ``batches`` or ended, at most ``seconds``; return the exit status, if any."""
         assert self.process is not None
         deadline = time.monotonic() + seconds
         while self.process.poll() is None and self.num_batches() < batches and time.monotonic() < deadline:
@@ -185,7 +185,7 @@ class Rehearsal:
         return self.process.poll()
 
     def signal(self, signum: signal.Signals) -> None:
-        """Send a signal to every process of the run, as systemd and SLURM do."""
+        """Send a signal to every process of the run."""
         if self.process is not None:
             with suppress(ProcessLookupError):
                 killpg(self.process.pid, signum)
@@ -197,7 +197,7 @@ class Rehearsal:
         return RunError(f"{what}: {next((line for line in reversed(lines) if 'rror' in line), 'see the lines above')}")
 
     def remove(self) -> str:
-        """Remove the preflight's files, here and in S3; if S3 denies an operation, its error names the operation."""
+        """Remove the preflight's files on this machine and in S3."""
         for folder in (self.folder.local, self.cache):
             shutil.rmtree(folder, ignore_errors=True)
         if self.save_folder.startswith("s3://"):  # Composer cannot delete a file of another store
@@ -205,7 +205,7 @@ class Rehearsal:
             bucket: Any = store
             for file in list_store(self.save_folder):
                 bucket.client.delete_object(Bucket=bucket.bucket, Key=f"{key}/{file.path}")
-        return "the preflight's files are removed"
+        return "the preflight's files on this machine and in S3 are removed"
 
     def close(self) -> None:
         """Kill any process that is still running, and remove the files."""
@@ -216,12 +216,12 @@ class Rehearsal:
         self.temporary.cleanup()
 
     def in_batches(self, duration: str) -> int:
-        """Convert a duration, such as 600ba or 100ep, to batches."""
+        """Convert a duration, such as 600ba or 100ep, to a number of batches."""
         per_unit = self.data["samples"] // self.config.global_train_batch_size if duration.endswith("ep") else 1
         return int(duration[:-2]) * per_unit
 
     def needs(self) -> str:
-        """Return lines with the pace, the time and the possible numbers of nodes of the whole run."""
+        """Return lines with the pace, the time and the numbers of nodes of the whole run."""
         config, batches = self.config, self.in_batches(self.config.max_duration)
         logged = (self.logged[f"throughput/{name}"] for name in ("samples_per_sec", "data_wait"))
         paces, waits = ([*series.values()][-self.intervals :] for series in logged)
@@ -236,6 +236,6 @@ class Rehearsal:
             f"{waiting:.0%} of the time waiting for data\n"
             f"time          {hours:.1f} h ({hours * self.ranks:.1f} "
             f"{'GPU' if torch.cuda.is_available() else 'rank'}-hours) for {batches:,} batches, "
-            f"{evaluating:.1f} h of it in {retrievals} retrievals\n"
+            f"including {evaluating:.1f} h for {retrievals} retrievals\n"
             f"nodes         any number that divides num_canonical_nodes, {config.train_loader.num_canonical_nodes}"
         )

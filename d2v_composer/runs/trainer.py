@@ -1,4 +1,4 @@
-"""Build Composer's Trainer, resume, train, write the report and close, as every run does."""
+"""What all kinds of runs share: building Composer's Trainer, resuming, training and the report."""
 
 import copy
 import hashlib
@@ -87,17 +87,15 @@ def build_trainer(
         model: The model that trains.
         train_loader: The loader of training samples.
         record_sections: Sections of the run's record; the section ``data`` must have the samples' ``modality``.
-        compares_microbatches: True if the loss compares the inputs of a microbatch with each other, so that a resume
-            must not change the size of microbatches.
-        run_callbacks: Callbacks of this kind of run; each checks its saved state before a checkpoint is used.
+        compares_microbatches: True if the loss compares the inputs of a microbatch with each other.
+        run_callbacks: Callbacks of this kind of run.
         callbacks, algorithms, loggers: Callbacks, algorithms and loggers besides the YAML's.
         prepare: Function that transforms a microbatch on the device.
         stop, save_best: Arguments of :class:`Checkpoints`.
         **arguments: Further arguments of the Trainer.
 
     Raises:
-        InputError: The folder is in use, or the checkpoint is another run's; or a callback, logger or schedule cannot
-            be used.
+        InputError: The run's folder, its checkpoint, or a setting cannot be used.
     """
     folder = config.run_folder
     uploads = None if folder is None or folder.address is None else Uploads(folder.address)
@@ -141,24 +139,22 @@ def build_trainer(
 def find_checkpoint(
     config: TrainerConfig, model: nn.Module, callbacks: Sequence[Callback]
 ) -> tuple[Checkpoint | None, bool]:
-    """Read the run's newest checkpoint or, for a new run, the one in ``load_path``.
+    """Read the newest checkpoint in the run's folder or, if there is none, the checkpoint in ``load_path``.
 
     Args:
         config: Config of the run.
         model: Model that the run trains.
-        callbacks: Callbacks that refuse the state of another run.
+        callbacks: Callbacks whose ``load_state_dict`` raises an error for the state of another run.
 
     Returns:
-        The checkpoint, ``None`` if there is neither; and whether the run would resume: False if it takes only the
-        checkpoint's weights.
+        The checkpoint, or ``None``; and False if the run takes only the checkpoint's weights, else True.
 
     Raises:
-        InputError: The checkpoint is corrupt, cannot be read, is another run's or another program's, or leaves nothing
-            to train; or the folder has a checkpoint, and ``autoresume`` is false.
+        InputError: The run cannot go on from the checkpoint, or the folder has a checkpoint although ``autoresume`` is
+            false.
     """
 
     def accept(checkpoint: Checkpoint, callbacks: Sequence[Callback] = callbacks) -> None:
-        """Check that the run may go on from a checkpoint, before a file is written or a tensor loaded."""
         with errors_of(str(checkpoint.path)):
             for callback in callbacks:  # another program saved no such state; then only tensors are compared
                 if saved := checkpoint.saved_by(type(callback).__name__):
@@ -201,7 +197,7 @@ def try_timm_student(
         key: The student's key in a YAML, for messages.
         student: The student; only a timm student is checked.
         config: Config of the run.
-        head: A classifier, trained with the student.
+        head: The classifier that is trained with the student, if any.
 
     Raises:
         InputError: The student cannot be trained or exported.
@@ -230,14 +226,13 @@ def build_optimizer(
     depths: Mapping[str, int] | None = None,
     layer_decay: float = 1.0,
 ) -> torch.optim.Optimizer:
-    """Build the optimizer of the trained parameters, with separate groups for norms and biases.
+    """Build the optimizer of the parameters that require gradients.
 
     Args:
         config: The section ``optimizer``.
         model: The model that trains.
         depths: Name of each trained parameter → its depth; default: all have the same depth.
-        layer_decay: Ratio of a depth's learning rate to the next depth's. The last depth's learning rate is ``lr``, and
-            its groups come first.
+        layer_decay: Ratio of a depth's learning rate to the next depth's. The last depth's learning rate is ``lr``.
     """
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     depths = depths or dict.fromkeys(weights, 0)
@@ -260,10 +255,8 @@ def build_optimizer(
 def build_scheduler(config: TrainerConfig, batches_per_epoch: int) -> ComposerScheduler:
     """Build the schedule of the learning rate: a linear warm-up, then a cosine decay to ``alpha_f`` times ``lr``.
 
-    The warm-up is converted to batches. Composer would never reach ``lr`` in a warm-up longer than the run.
-
     Raises:
-        InputError: The warm-up is longer than the run; if only one of the two is in epochs, this depends on the data.
+        InputError: The warm-up is longer than the run.
     """
     warmup, duration = map(Time.from_timestring, (config.scheduler.t_warmup, config.max_duration))
     batches = {TimeUnit.BATCH: 1, TimeUnit.EPOCH: batches_per_epoch}
@@ -278,7 +271,7 @@ def build_scheduler(config: TrainerConfig, batches_per_epoch: int) -> ComposerSc
 
 
 def build_algorithms(config: AlgorithmsConfig) -> list[Algorithm]:
-    """Build the algorithms in the order of the section ``algorithms``, then :class:`GradientNorm`, which logs."""
+    """Build the algorithms of the section ``algorithms``, then :class:`GradientNorm`."""
     algorithms = [
         resolve_name(ALGORITHMS[name])(**fields.model_dump()) for name, fields in config if fields is not None
     ]
@@ -289,7 +282,7 @@ def build_callbacks(config: TrainerConfig) -> list[Callback]:
     """Build the callbacks that the section ``callbacks`` names.
 
     Raises:
-        InputError: A callback does not accept the value of an argument.
+        InputError: A callback cannot be built with these arguments.
     """
     callbacks: list[Callback] = []
     for name, arguments in config.callbacks.items():
@@ -300,12 +293,16 @@ def build_callbacks(config: TrainerConfig) -> list[Callback]:
 
 
 def build_loggers(config: TrainerConfig, unit: str) -> list[LoggerDestination]:
-    """Build the progress logger and the loggers of the section ``loggers``, which write into the run's folder.
+    """Build the progress logger, if ``progress_bar`` is true, and the loggers of the section ``loggers``.
 
-    In a run without a folder, JSON lines need a ``filename``, or they are left out. ``unit`` names the samples.
+    The logger ``jsonl`` is left out if the run has no folder and the logger has no ``filename``.
+
+    Args:
+        config: Config of the run.
+        unit: Name of the samples in the plural, such as images.
 
     Raises:
-        InputError: A logger's package is missing, or a logger refuses the value of an argument.
+        InputError: A logger cannot be built with these arguments.
     """
     loggers: list[LoggerDestination] = [ProgressLogger(sys.stderr.isatty(), unit=unit)] if config.progress_bar else []
     folder = config.run_folder
@@ -319,7 +316,7 @@ def build_loggers(config: TrainerConfig, unit: str) -> list[LoggerDestination]:
 
 
 def arguments_in(folder: RunFolder, name: str) -> Record:
-    """Return the arguments that let a logger write into the run's folder, unless the environment sets its location."""
+    """Return the arguments with which a logger writes into the run's folder; empty for other loggers."""
     local = folder.local.absolute()
     if name == "jsonl":
         return {"filename": str(folder.local / LOG)}
@@ -335,10 +332,9 @@ def arguments_in(folder: RunFolder, name: str) -> Record:
 
 
 def build_run_record(config: TrainerConfig, compares_microbatches: bool = False, **contents: Record) -> RunRecord:
-    """Build the record of config, model, data and machine that is saved in the run's folder and checkpoints.
+    """Build the record of a run: config, command, versions, hardware and ``contents``.
 
-    A ``sha256`` in the ``contents`` identifies weights or samples; for ``compares_microbatches``, see
-    :func:`build_trainer`.
+    For ``compares_microbatches``, see :func:`build_trainer`.
     """
     sys.argv = hide_secrets(sys.argv)  # W&B records it, too
     record = {
@@ -360,7 +356,7 @@ def build_run_record(config: TrainerConfig, compares_microbatches: bool = False,
 
 
 def join_and_seed(config: TrainerConfig) -> None:
-    """Raise the open-file limit, join the ranks, and seed all generators. Call it first, on every rank."""
+    """Raise the open-file limit, join the ranks, and seed all generators. Call this function on every rank."""
     allow_open_files()
     loader = config.train_loader
     join_ranks(loader.timeout if isinstance(loader, ShardLoaderConfig) and loader.remote is not None else 0)
@@ -368,7 +364,7 @@ def join_and_seed(config: TrainerConfig) -> None:
 
 
 def resume_advice(config: TrainerConfig) -> str:
-    """Return the end of a message about a stopped run: that the same command resumes it; '' if it does not."""
+    """Return the end of a message about a stopped run: advice on how to resume; '' if the run cannot resume."""
     return "; the same command resumes" if config.autoresume and config.save_folder is not None else ""
 
 
@@ -377,8 +373,11 @@ def fit_and_close(
 ) -> None:
     """Train to the end, report on rank 0, wait for the uploads, and close the Trainer.
 
-    The log opens with the run's name and device, the lines of ``header`` (name → text), the model's size and the
-    training's length.
+    Args:
+        trainer: The Trainer.
+        config: Config of the run.
+        header: Name → text of lines for the top of the log.
+        report: Function that is called on rank 0 after the training.
     """
     # Only now: each DeviceGPU that Composer constructs allows TF32.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
@@ -418,7 +417,6 @@ def _fit(trainer: Trainer, config: TrainerConfig, header: Mapping[str, str]) -> 
 
 
 def _describe(trainer: Trainer, config: TrainerConfig, header: Mapping[str, str]) -> str:
-    """Return the lines at the top of a run's log: the run's name, device, model and duration."""
     state, steps, micro = trainer.state, num_batches(trainer.state), config.device_train_microbatch_size
     trained = sum(weight.numel() for weight in state.model.parameters() if weight.requires_grad)
     device = torch.cuda.get_device_name() if state.device.name == "gpu" else f"{torch.get_num_threads()} CPU threads"
@@ -438,9 +436,9 @@ def _describe(trainer: Trainer, config: TrainerConfig, header: Mapping[str, str]
 
 
 def write_run_report(trainer: Trainer, config: TrainerConfig, retrieval: ZeroShotRetrieval | None = None) -> None:
-    """Write the report into the run's folder and upload it, if there is a folder and ``report`` is true.
+    """Write and upload the report, unless ``report`` is false or the run has no folder or no log.
 
-    A failure only prints a line.
+    An error is printed, not raised.
     """
     if not config.report or config.run_folder is None or not (config.run_folder.local / LOG).is_file():
         return
@@ -451,7 +449,7 @@ def write_run_report(trainer: Trainer, config: TrainerConfig, retrieval: ZeroSho
     measured: Any = () if retrieval is None else (retrieval.datasets, retrieval.results)
     try:
         with if_interrupted(
-            lambda: f"the model is saved, but its report is not; to write it, run {d2v('report', folder)}"
+            lambda: f"the model is saved, but the report is not; to write the report, run {d2v('report', folder)}"
         ):
             record = yaml.safe_load((folder / "run.yaml").read_text())
             written = write_report(run := Run(record, read_jsonl(folder / LOG), *measured), folder)

@@ -249,7 +249,7 @@ def test_after_training_a_run_ends_at_once_and_the_same_command_makes_its_report
     program.send_signal(sent)
     assert program.wait(timeout=20) == 128 + sent
     line = program.stderr.splitlines()[-1]
-    assert line.startswith(f"{name}: the model is saved, but its report is not; to write it, run ")
+    assert line.startswith(f"{name}: the model is saved, but the report is not; to write the report, run ")
     assert line.endswith(f" report {run.folder}")
     assert len(checkpoints_of(run.folder)) == 1
     run.train(*options)

@@ -97,7 +97,7 @@ def test_rivals_have_size_and_speed(trained: Path, photos: Path, tmp_path: Path)
     assert not (tmp_path / "evaluation.png").exists()
     line = failure(d2v(*command, f"rivals=[{GOLDEN / 'audio_base.pt'}]"), 2)
     assert line.startswith("error: rivals: ")
-    assert "expected a model of image samples, got one of audio samples" in line
+    assert "expected a model for image samples, got a model for audio samples" in line
 
 
 @pytest.mark.parametrize("name", ["test_byobnet", "test_vit_relpos"])

@@ -71,7 +71,7 @@ def test_without_samples_there_is_no_map(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_fixed_views_need_the_runs_own_loader(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"train_loader\.views: must be null with a train_dataloader of your own"):
+    with pytest.raises(InputError, match=r"train_loader\.views: must be null if train_dataloader is given"):
         train(tmp_path / "run", "train_loader.views=2")
     assert not (tmp_path / "run").exists()
 

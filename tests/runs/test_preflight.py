@@ -14,7 +14,7 @@ from composer.utils import dist
 
 from d2v_composer.config.load import load_config
 from d2v_composer.runs.preflight import Rehearsal
-from d2v_composer.system.errors import InputError
+from d2v_composer.system.errors import InputError, RunError
 from gated_store import GatedStore
 from helpers import ROOT, datasets_of, run_command, run_training, slow, small_run, wait_until
 from recipes import preflight
@@ -46,7 +46,7 @@ def test_the_needs_of_the_whole_run(tmp_path: Path, small_data: Path, labeled: P
     run.logged = {key: {0: 1.0, 9: float(value)} for key, value in measured.items()}
     text = run.needs()
     assert "1,280 images/s on 8 rank(s), 20% of the time" in text
-    assert "1.7 h (13.5 rank-hours) for 30,000 batches, 0.0 h of it in 6 retrievals" in text
+    assert "1.7 h (13.5 rank-hours) for 30,000 batches, including 0.0 h for 6 retrievals" in text
 
 
 def test_the_pace_on_a_gpu_is_that_of_a_hundred_batches(
@@ -66,6 +66,16 @@ def test_the_pace_on_a_gpu_is_that_of_a_hundred_batches(
     needs = run.needs()
     assert "pace          1,053 images/s on 1 rank(s), 47% of the time waiting for data\n" in needs
     assert needs.endswith("\nnodes         any number that divides num_canonical_nodes, 1")
+
+
+def test_a_run_that_ignores_sigterm_is_named(
+    tmp_path: Path, small_data: Path, labeled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = rehearsal(*small_preflight(tmp_path, small_data, labeled))
+    run.output.write_text("still training\n")
+    monkeypatch.setattr(run, "wait", lambda seconds: None)
+    with pytest.raises(RunError, match="the run did not exit with status 143 within 120 s of SIGTERM: see the lines"):
+        run.stop()
 
 
 @pytest.fixture(scope="session")
