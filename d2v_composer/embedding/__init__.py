@@ -1,1 +1,1 @@
-"""Embed samples into a file or a table's columns, search the embeddings, and align a student with them."""
+"""Embed samples, search the embeddings, and align a student with other embeddings."""

@@ -32,40 +32,40 @@ BLOCK = 4096  # pairs that are summed up at once
 
 
 class Aligned(NamedTuple):
-    """The measures of an alignment that :func:`align` fitted, and the samples that it left out."""
+    """Result of :func:`align`."""
 
     skipped: list[str]
-    """Why each unreadable sample was left out."""
+    """For each sample that was left out, why it is unreadable."""
     statistics: dict[str, float]
     """Measures of the alignment; see :attr:`Fit.statistics <d2v_composer.models.alignment.Fit.statistics>`."""
     queries: int
     """Number of held-out samples that were looked up in the index."""
     recall: dict[int, float]
-    """k → share of the k rows nearest to a held-out sample's own row that are also among the k nearest to the sample's
-    aligned embedding, the mean over samples; the sample's own row is left out."""
+    """k → of the k rows nearest to a held-out sample's row, the share that are also among the k rows nearest to the
+    sample's aligned embedding, as a mean over the samples. The sample's own row does not count."""
 
 
 class Pairs(NamedTuple):
-    """Samples of a source, and the embeddings with which theirs are to be aligned."""
+    """Samples of a source, and the embeddings to which an alignment is fitted."""
 
     numbers: Sequence[int]
-    """Numbers of the samples in the source, (M,)."""
+    """Indices of the samples in the source, (M,)."""
     target: NDArray | Callable[..., Tensor]
-    """Rows of the index, (N, P); or a function that maps the inputs of a batch to embeddings, (B, P)."""
+    """Rows of the index, (N, P), or a function that maps the inputs of a batch to embeddings, (B, P)."""
     places: Int64Array | None
-    """The samples' rows in the index, (M,); ``None`` for a function."""
+    """Index of each sample's row in ``target``, (M,); ``None`` if ``target`` is a function."""
     of: EmbeddingInfo
     """Description of the embeddings in ``target``."""
 
 
 def pairs_of_index(source: Source, index: VectorIndex, path: str, maximum: int) -> tuple[Pairs, int]:
-    """Find samples of a source in an index by their ids: all, or ``maximum`` at even intervals.
+    """Pair samples of a source, at most ``maximum`` at even intervals, with the rows of an index that have their ids.
 
     Returns:
-        The pairs, and how many rows are left out because they share an id with another row.
+        The pairs, and the number of rows left out because they share an id with another row.
 
     Raises:
-        InputError: No sample's id belongs to exactly one row; the message names the index by ``path``.
+        InputError: No sample's id belongs to exactly one row.
     """
     names, places, counts = np.unique(index.ids, return_index=True, return_counts=True)
     rows = dict(zip(names[counts == 1].tolist(), places[counts == 1].tolist(), strict=True))
@@ -74,8 +74,8 @@ def pairs_of_index(source: Source, index: VectorIndex, path: str, maximum: int) 
     if not numbers:
         there, here = (repr(str(ids[0])) if len(ids) else "none" for ids in (index.ids, source.ids))
         raise InputError(
-            f"{path} has no row for any sample of {source.root}: ids look like {there} there, and like {here} here; "
-            f"left out {num_repeated:,} rows with repeated ids"
+            f"{path} has no row for any sample of {source.root}: the first id of the index is {there}, that of the "
+            f"source {here}; left out {num_repeated:,} rows with repeated ids"
         )
     numbers = [numbers[place] for place in evenly_spaced(len(numbers), maximum)]
     found = np.array([rows[str(source.ids[number])] for number in numbers])
@@ -85,18 +85,18 @@ def pairs_of_index(source: Source, index: VectorIndex, path: str, maximum: int) 
 
 
 def pairs_of_model(source: Source, model: Backbone, maximum: int) -> Pairs:
-    """Pair samples of a source, all or ``maximum`` at even intervals, with the embedding that a model gives them."""
+    """Pair samples of a source, at most ``maximum`` at even intervals, with a model's embeddings of the samples."""
     numbers = evenly_spaced(len(source), maximum)
     return Pairs(numbers, lambda *inputs: model.embed_all(*inputs)[EMBEDDING], None, model.embedding)
 
 
 def align(model: Backbone, source: Source, pairs: Pairs, device: str, workers: int) -> Aligned:
-    """Fit an alignment of a model's embeddings to other embeddings of the same samples, and give it to the model.
+    """Give a model an alignment that is fitted to the embeddings of ``pairs``.
 
     Args:
-        model: The model, in eval mode on the device.
+        model: The model in eval mode, on the device.
         source: The samples.
-        pairs: The samples on which the alignment is fitted, and the other embeddings.
+        pairs: The samples to use, and the embeddings to fit.
         device: cpu or cuda.
         workers: Number of processes that decode samples.
 
@@ -120,8 +120,8 @@ def align(model: Backbone, source: Source, pairs: Pairs, device: str, workers: i
     bank_NP = torch.cat(rows) if callable(target) else torch.from_numpy(np.array(target, np.float32))
     if len(used) < (least := max(MIN_PAIRS, bank_NP.shape[1] // 2)):
         raise InputError(
-            f"{source.root}: expected at least {least} readable samples with an embedding to align to (half its width, "
-            f"or {MIN_PAIRS} if more), got {len(used)}"
+            f"{source.root}: expected at least {least} readable samples, each with an embedding to align to, "
+            f"got {len(used)}"
         )
     inputs_MI, targets_MP = torch.cat(inputs), bank_NP[places]
     with errors_of(source.root):
@@ -129,8 +129,8 @@ def align(model: Backbone, source: Source, pairs: Pairs, device: str, workers: i
         fit, trial = moments.fit(), moments.fit(whole=False)
     if fit.statistics["r2"] < LEAST_R2:
         raise RunError(
-            f"R² of the alignment is {fit.statistics['r2']:.3f} on held-out samples, below {LEAST_R2}: either the "
-            "index gives the samples' ids to other rows, or the student must train longer"
+            f"R² of the alignment on held-out samples must be at least {LEAST_R2}, got {fit.statistics['r2']:.3f}: "
+            "train the student longer; if you align with an index, check that its ids are those of the samples"
         )
     held_out = range(HELD_OUT - 1, len(used), HELD_OUT)
     held_out = [held_out[place] for place in evenly_spaced(len(held_out), MAX_QUERIES)]

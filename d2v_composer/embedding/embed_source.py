@@ -1,8 +1,6 @@
-"""Embed the images or clips of a source into one file, in one process or several, and merge parts.
+"""Embed the samples of a source into one file, in one process or several, and merge parts.
 
-The batches depend on the source and the batch size alone. A process embeds a chunk of a few batches, and writes its
-embeddings to a file whose name is a hash of all that they depend on. So a killed run loses at most one chunk of each
-process, and any number of processes ends with the same bytes. Shapes: N samples, B samples of a batch, D channels.
+Shapes: N samples, B samples of a batch, D channels.
 """
 
 import io
@@ -51,21 +49,21 @@ MOVING = "moving"  # beside the chunks from when OUT was last checked: its files
 
 
 class EmbeddingOptions(NamedTuple):
-    """Settings of a run; an interrupted run resumes only with the same settings."""
+    """Settings of embedding."""
 
     embedding: str = EMBEDDING
-    """Name of the embedding."""
+    """Name of one of the model's embeddings."""
     precision: PrecisionName = "fp32"
     normalize: bool = False
     """Scale embeddings to length 1."""
     dtype: str = "float32"
-    """Type of the stored numbers: float32 or float16."""
+    """Dtype of the embeddings: float32 or float16."""
     batch_size: int = 256
-    """Number of samples in a batch; embeddings of another batch size differ by rounding."""
+    """Number of samples in a batch."""
 
 
 class IndexRecord(TypedDict):
-    """An index's model and samples: NAME.parquet's metadata under ``INDEX_KEY``, or NAME.model.json beside NAME.npy."""
+    """Model and samples of an index, stored in NAME.parquet's metadata or in NAME.model.json beside NAME.npy."""
 
     reference: Record
     """The fields of :class:`~d2v_composer.config.reference.ModelReference` that load the model again."""
@@ -73,9 +71,9 @@ class IndexRecord(TypedDict):
     """Hash of the model's sizes and weights."""
     embedding: EmbeddingInfo
     source: str
-    """SOURCE of ``d2v embed``, to which the ids belong, with an absolute path."""
+    """SOURCE of ``d2v embed``; a local path is absolute."""
     column: str | None
-    """``--column`` of that ``d2v embed``."""
+    """``--column`` of ``d2v embed``."""
     modality: Literal["image", "audio"]
 
 
@@ -85,11 +83,11 @@ class Embedded(NamedTuple):
     images: int
     channels: int
     skipped: list[str]
-    """Why each unreadable sample was skipped."""
+    """For each unreadable sample, why it was skipped."""
     resumed: int
-    """Number of samples that an interrupted run had embedded."""
+    """Number of samples that earlier, interrupted runs had embedded."""
     seconds: float
-    """Seconds that this run took to embed the samples that no earlier run had embedded."""
+    """Seconds that this run took to embed the remaining samples."""
 
 
 class _Chunk(NamedTuple):
@@ -109,7 +107,6 @@ class _Chunk(NamedTuple):
             return arrays[name]
 
     def read_block(self, source: Source) -> tuple[NDArray, NDArray]:
-        """Return the ids and embeddings of the chunk's readable samples."""
         ids = np.array([source.ids[number] for number in self.samples])
         return np.delete(ids, self.read("numbers") - self.samples.start), self.read("rows")
 
@@ -136,14 +133,12 @@ def embed_source(
 ) -> Embedded:
     """Embed every sample of a source, or of its part, into a file, or resume an interrupted run.
 
-    ``out`` appears, or replaces an old file, only when it is complete, after the files beside it. Until then, chunks of
-    embeddings are in a hidden folder next to ``out`` or, if ``out`` is in a store, in the cache. If files of the source
-    have changed, a resumed run embeds their chunks again. Call this on all ranks; the first writes ``out``.
+    All ranks must call this function; rank 0 writes ``out`` when all samples are embedded.
 
     Args:
         model: The model in eval mode, on the device.
         source: The samples.
-        out: NAME.npy, (N, D), beside NAME.ids.npy, (N,), and NAME.model.json; or NAME.parquet. See :func:`check_out`.
+        out: Path or address of NAME.npy, (N, D), whose ids, (N,), are in NAME.ids.npy; or of NAME.parquet.
         options: The settings.
         device: cpu or cuda.
         workers: Number of processes that decode samples.
@@ -153,8 +148,8 @@ def embed_source(
         made_from: The fields ``reference``, ``source`` and ``column`` of :class:`IndexRecord`.
 
     Raises:
-        InputError: A sample is unreadable, an embedding is not finite, another process writes the file or has written
-            it, or an interrupted run had other settings.
+        InputError: A sample is unreadable, an embedding is not finite, ``out`` exists or another process writes it, or
+            an interrupted run had other settings.
         RunError: The disk, the store or a shard fails, or a worker was killed.
     """
     out, rank = str(out), global_rank()
@@ -201,7 +196,7 @@ def embed_source(
 def embed_batches(
     model: Backbone, source: Source, batches: Sequence[range], options: EmbeddingOptions, device: str, workers: int
 ) -> Iterator[tuple[NDArray, list[tuple[int, str]]]]:
-    """Yield each batch's embeddings of readable samples, (B, D), and number and error of each unreadable sample.
+    """Yield, for each batch, the readable samples' embeddings, (B, D), and each unreadable sample's index and error.
 
     Raises:
         InputError: An embedding is not finite.
@@ -212,8 +207,8 @@ def embed_batches(
         block = embed_batch(model, inputs, options, device) if inputs else np.zeros((0, width), options.dtype)
         if not np.isfinite(block).all():
             raise InputError(
-                f"{source.ids[batch.start]}, or a later sample in its batch: its embedding is not finite with "
-                f"--precision {options.precision} and --dtype {options.dtype}"
+                f"the embedding of {source.ids[batch.start]}, or of a later sample in the batch, is not finite with "
+                f"precision {options.precision} and dtype {options.dtype}"
             )
         yield block, unreadable
 
@@ -226,7 +221,7 @@ def record_of(model: Backbone, source: Source, part: Part, options: EmbeddingOpt
 
 @contextmanager
 def _sole_writer(out: str, folder: Path, lock: str = ".lock") -> Iterator[None]:
-    """Hold a lock in the folder of chunks while the ``with`` block runs; afterwards, remove the folder if it is empty.
+    """Hold a lock in the folder of chunks while the ``with`` block runs.
 
     Raises:
         InputError: Another process holds the lock.
@@ -244,7 +239,7 @@ def check_ids(ids: Iterable[object]) -> None:
     """Check that Parquet can store the ids of samples.
 
     Raises:
-        InputError: An id is not UTF-8.
+        InputError: An id cannot be encoded in UTF-8.
     """
     for name in map(str, ids):
         try:
@@ -254,7 +249,8 @@ def check_ids(ids: Iterable[object]) -> None:
 
 
 def _cut(source: Source, plan: Mapping[str, Json], folder: Path) -> list[_Chunk]:
-    """Cut a source, or its part, into chunks of batches; a chunk's name is a hash of what its embeddings depend on."""
+    """Cut a source, or its part, into chunks of batches, whose names are hashes of what the embeddings depend on."""
+    # A killed run loses at most one chunk of each process, and any number of processes writes the same bytes.
     size, chunks = plan["batch_size"], list[_Chunk]()
     batches = source.part.of([range(first, min(first + size, len(source))) for first in range(0, len(source), size)])
     for first in range(0, len(batches), per_chunk := max(1, CHUNK // size)):
@@ -300,16 +296,16 @@ def _check_plan(folder: Path, plan: Mapping[str, Json]) -> None:
     before = read_json(recorded, Record) if recorded.exists() else plan
     if changed := [key.replace("_", " ") for key in plan if before.get(key) != plan[key]]:
         raise InputError(
-            f"{folder}: an interrupted run had a different {', '.join(changed)}; delete that folder, or choose another "
-            "OUT"
+            f"{folder}: an interrupted run had other settings ({', '.join(changed)}); delete that folder, or choose "
+            "another OUT"
         )
 
 
 def merge_embeddings(out: str, *, overwrite: bool) -> Embedded:
-    """Merge all parts of the embeddings into one file, without removing the parts.
+    """Merge all parts of ``out`` into one file, and keep the parts.
 
     Raises:
-        InputError: A part is missing, the parts do not belong together, or ``out`` exists.
+        InputError: A part is missing or damaged, the parts do not belong together, or ``out`` cannot be written.
         RunError: The disk or the store fails.
     """
     check_out(out, overwrite=overwrite)
@@ -329,7 +325,7 @@ def _read_part(address: str, record: Mapping[str, Json], folder: Path) -> Iterat
     """Yield the ids, (B,), and embeddings, (B, D), of a part, block by block.
 
     Raises:
-        InputError: The part's files are damaged, or not those that its record describes.
+        InputError: The part's files cannot be read, or differ from those in the part's record.
     """
     is_array = address.endswith(".npy")
     with reading(address):
@@ -365,7 +361,7 @@ def _write_table(
     """Write ids and embeddings, move them to ``out``, and remove the folder of chunks.
 
     Raises:
-        InputError: Another program has meanwhile written to ``out``; see :func:`check_out`.
+        InputError: ``out`` cannot be written; see :func:`check_out`.
     """
     complete, files = (folder := _partial_folder(out)) / "embeddings", {}
     if out.endswith(".npy"):
@@ -403,7 +399,6 @@ def _write_table(
 
 
 def _write_array(path: Path, blocks: Iterable[NDArray], shape: tuple[int, ...], dtype: np.dtype) -> None:
-    """Write an array to a .npy file, block by block."""
     with path.open("wb") as file:
         npy.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": shape})
         for block in blocks:
@@ -428,12 +423,10 @@ def _write_parquet(
 
 
 def check_out(out: str, *, overwrite: bool, part: Mapping[str, Json] | None = None) -> None:
-    """Check that embeddings can be written to ``out``, before the work starts and again before they are moved there.
-
-    Files that a killed run of this package began to move to ``out`` may be replaced.
+    """Check that embeddings can be written to ``out``.
 
     Raises:
-        InputError: The suffix is neither .npy nor .parquet, or a file to be written exists or cannot be written.
+        InputError: The suffix is neither .npy nor .parquet, or a file to be written cannot be written or replaced.
     """
     if not out.endswith(TABLE_SUFFIXES):
         raise InputError(f"{out} must end in {' or '.join(TABLE_SUFFIXES)}")
@@ -486,11 +479,11 @@ def load_batch(
     """Load a batch for :func:`embed_batch`.
 
     Args:
-        decode: Returns a sample by number, like :meth:`Source.decode`.
-        numbers: The samples' numbers.
+        decode: Function that returns the sample with an index, such as :meth:`Source.decode`.
+        numbers: Indices of the samples.
 
     Returns:
-        The batch of readable samples, empty if there are none; and the number and error of each unreadable sample.
+        The batch of readable samples, empty if there are none; and the index and error of each unreadable sample.
     """
 
     def attempt(number: int) -> Tensor | str:

@@ -1,4 +1,4 @@
-"""Embed batches of a table, for engines that run a function over a data set: Ray Data, Hugging Face datasets, Spark."""
+"""Embed batches of a table, for engines that run a function over a data set."""
 
 import os
 from collections.abc import Mapping
@@ -24,24 +24,22 @@ from d2v_composer.system.errors import errors_of
 
 @dataclass(unsafe_hash=True)
 class Embedder:
-    """Embed a column of images or clips; an engine calls the embedder with batches, on all of its machines.
+    """Embed the images or clips of a table's column; an engine such as Ray Data calls the embedder with batches.
 
-    A process loads the model at its first batch, onto the GPU that the engine gives it. It embeds as ``d2v embed``
-    does: the same batch of files gives the same bits. Let an engine that writes files give Arrow batches
-    (``batch_format="pyarrow"``, ``with_format("arrow")``, ``mapInArrow``): their columns have the same types whether or
-    not a sample of the batch is unreadable.
+    Each process loads the model at its first batch. In Arrow batches, the types of the new columns are always the same.
 
     Args:
-        model: MODEL of ``d2v embed``, which every machine must reach.
-        column: Column of the samples, each a file's bytes, a path, or a dict of both as in Hugging Face datasets;
-            images also as (height, width, 3) uint8 or PIL. Default: ``image`` or ``audio``.
+        model: MODEL of ``d2v embed``; every machine must be able to read it.
+        column: Name of the column of samples. A sample is a file's bytes or path, or a dict with the key ``bytes`` or
+            ``path``; an image may also be an array, (height, width, 3) uint8, or a PIL image. Default: ``image`` or
+            ``audio``.
         batch_size: Number of samples that the model takes at once; default: 256 images, or 4 clips.
-        pooling: An option of ``d2v embed``, as are the other arguments.
+        pooling: This argument and the following ones are options of ``d2v embed``.
 
     Example:
         >>> from d2v_composer import Embedder
         >>> embed = Embedder("student.safetensors", column="image", batch_size=64)
-        >>> columns = embed({"image": files})  # also has "embedding", (N, P); "error", None or why it is unreadable
+        >>> columns = embed({"image": files})  # with the new columns "embedding", (N, P), and "error"
     """
 
     model: str
@@ -58,7 +56,7 @@ class Embedder:
     first_blocks: int | None = None
     image_size: int | str | None = None
     made: int = field(default_factory=time_ns, init=False)
-    """Time of creation, in ns. An embedder equals only its copies: a later one may load a file that has changed."""
+    """Time of creation, in ns, which makes an embedder equal only to its copies."""
 
     def __call__(self, batch: Any) -> Any:
         """Add the columns ``embedding`` and ``error`` to a batch.
@@ -67,8 +65,8 @@ class Embedder:
             batch: A dict of columns, or an Arrow table or record batch.
 
         Returns:
-            The same kind of batch. An unreadable sample has no embedding (null), a readable one no error. In a dict,
-            the embeddings are an array, (N, D), or a list if a sample is unreadable.
+            The same kind of batch. For an unreadable sample, the embedding is null; for a readable sample, the error is
+            null. In a dict, the embeddings are an array, (N, D), or a list if a sample is unreadable.
 
         Raises:
             InputError: The model cannot be used; see :meth:`load`.
@@ -94,7 +92,7 @@ class Embedder:
 
     @lru_cache(4)  # noqa: B019  (an engine may ship copies to one process, one with each task; some take turns)
     def load(self) -> tuple[Backbone, Modality, EmbeddingOptions, str]:
-        """Load the model, in eval mode, onto the GPU if there is one, and choose the embedding.
+        """Load the model in eval mode, onto the GPU if there is one, and choose the embedding.
 
         Returns:
             The model, the modality of its samples, the settings, and the device: cpu or cuda.

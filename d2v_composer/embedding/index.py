@@ -1,4 +1,4 @@
-"""Read an index, which is what ``d2v embed`` writes: embeddings with their ids, and the model that made them.
+"""Read an index: the embeddings that ``d2v embed`` writes, with their ids and the model that made them.
 
 Shapes: N rows of the index, P channels.
 """
@@ -21,7 +21,7 @@ FLOATS = tuple(map(np.dtype, ("float16", "float32", "float64")))  # of an index
 
 
 class VectorIndex(NamedTuple):
-    """Embeddings, their ids, and what made them."""
+    """An index: embeddings, their ids, and the model that made them."""
 
     ids: NDArray[np.str_]
     """Id of each row, (N,)."""
@@ -35,10 +35,10 @@ def read_index(path: str) -> VectorIndex:
     """Read what ``d2v embed`` writes: NAME.npy with NAME.ids.npy, or NAME.parquet with the columns id and embedding.
 
     Args:
-        path: Path of the index, or its address in a store; files from a store are kept in the cache.
+        path: Path or address of the index.
 
     Raises:
-        InputError: A file is missing, or does not hold one row for each id, or a row cannot be scaled to length 1.
+        InputError: A file cannot be read, there is not one row for each id, or a row cannot be scaled to length 1.
     """
     with reading(path):
         if path.endswith(".npy"):
@@ -46,11 +46,11 @@ def read_index(path: str) -> VectorIndex:
             with reading(names := ids_file(path)):
                 ids = np.load(fetch(names)).astype(str)
                 if ids.shape != (len(rows),):
-                    raise ValueError(f"expected one id for each of the {len(rows)} rows, got an array of {ids.shape}")
+                    raise ValueError(f"expected one id for each of the {len(rows)} rows, got ids of shape {ids.shape}")
             if exists(about := about_file(path)):
                 stored = fetch(about).read_bytes()
         elif not path.endswith(".parquet"):
-            raise ValueError("expected .npy or .parquet")
+            raise ValueError("expected a file named NAME.npy or NAME.parquet")
         else:
             from pyarrow.parquet import read_table  # an extra
 
@@ -72,7 +72,7 @@ def read_index(path: str) -> VectorIndex:
             if not (is_usable := (largest == 0) | ((largest > 1e-9) & (largest < 1e15))).all():
                 number = first + int(is_usable.argmin())
                 raise ValueError(
-                    f"the row of {ids[number]}: expected finite numbers, of which the largest is 0 or from 1e-9 to 1e15"
+                    f"the row of {ids[number]}: expected finite numbers, the largest of magnitude 0 or 1e-9 to 1e15"
                 )
     with reading(about):
         # Not validate_json, because the name of the folder of samples may be no UTF-8.

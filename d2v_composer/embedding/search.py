@@ -1,4 +1,4 @@
-"""Search an index exactly, and find its near-duplicates, by blocks, so that an index may be larger than the memory.
+"""Search an index exactly, and find its near-duplicates.
 
 Shapes: N rows of the index, Q queries, K neighbors, D channels.
 """
@@ -39,7 +39,8 @@ class Found(NamedTuple):
     rows: Int64Array
     """Row numbers, (K,): nearest first, or ascending in a group of near-duplicates."""
     cosines: NDArray[np.floating]
-    """Each row's cosine with the query, (K,); or with the group's first row, after subtracting the mean of all rows."""
+    """Cosine of each row with the query, (K,); in a group of near-duplicates, with the group's first row, after the
+    mean of all rows was subtracted."""
     row: int | None = None
     """Row number of the query, if the query is a row of the index."""
 
@@ -57,7 +58,7 @@ def embed_queries(
         device: cpu or cuda.
 
     Returns:
-        The sources; the names of the queries, (Q,); and their embeddings, (Q, D).
+        The sources, the names of the queries, (Q,), and the embeddings of the queries, (Q, D).
 
     Raises:
         InputError: The model cannot be loaded, or embeds into another space, or a query is unreadable.
@@ -73,12 +74,14 @@ def embed_queries(
     except InputError as error:
         if model is not None:
             raise
-        raise InputError(f"{error}; this model made {path}; if the model moved, name it with --model") from error
+        raise InputError(
+            f"{error}; {path} was made with this model; if the model has moved, give its path with --model"
+        ) from error
     name = EMBEDDING
     if made_by is not None and (name := _matching_embedding(loaded, made_by, raw)) is None:
         raise InputError(
-            f"{path} has the embedding {made_by['embedding']} of {made_by['reference']['model']}; "
-            f"{model or 'the file that is there now'} embeds into another space: {loaded.embedding}"
+            f"{path} has embeddings of {made_by['reference']['model']} ({made_by['embedding']}); "
+            f"{model or 'this file has changed, and'} embeds into another space ({loaded.embedding})"
         )
     if (width := loaded.describe(name).width) != index.rows.shape[1]:
         raise InputError(
@@ -100,7 +103,7 @@ def embed_queries(
 
 
 def _matching_embedding(model: Backbone, made_by: IndexRecord, raw: Mapping[str, Any]) -> str | None:
-    """Return the name of the model's embedding that is in the space of an index; ``None`` if there is none."""
+    """Return the name of the model's embedding that is in the space of an index; ``None`` if no embedding is."""
     has_its_weights = hash_weights(model) == made_by["model"]
     for name in (EMBEDDING, f"{raw['representation'] or 'output'}_{raw['pooling'] or model.default_pooling}"):
         if name == EMBEDDING or name in model.raw_names:
@@ -112,7 +115,7 @@ def _matching_embedding(model: Backbone, made_by: IndexRecord, raw: Mapping[str,
 
 
 def search(index: VectorIndex, names: Sequence[str], queries: Tensor, k: int) -> list[Found]:
-    """Return the k rows nearest to each query, (Q, D), by cosine, or all rows if there are fewer."""
+    """Return the k rows nearest to each query, (Q, D), by cosine, or all rows if the index has fewer than k."""
     nearest = exact_neighbors(as_tensor(index.rows), queries, min(k, len(index.ids)))
     found = zip(names, nearest.indices.numpy(), nearest.similarities.numpy(), strict=True)
     return [Found(*each) for each in found]
@@ -122,12 +125,12 @@ def search_row(index: VectorIndex, path: str, name: str, k: int) -> Found:
     """Return the k rows nearest to the row whose id is ``name``, without that row.
 
     Raises:
-        InputError: No row has the id, or several have it.
+        InputError: No row has the id, or several rows have the id.
     """
     rows = np.flatnonzero(index.ids == name)
     if len(rows) != 1:
         raise InputError(
-            f"--id: expected the id of one row; {len(rows) or 'no'} rows of {path} have {name!r}; ids there look like "
+            f"--id: expected the id of one row; {len(rows) or 'no'} rows of {path} have {name!r}; the first id is "
             f"{str(index.ids[0])!r}"
         )
     (found,) = search(index, [name], torch.from_numpy(index.rows[rows]), k + 1)
@@ -136,7 +139,7 @@ def search_row(index: VectorIndex, path: str, name: str, k: int) -> Found:
 
 
 def as_tensor(rows: NDArray[Any]) -> Tensor:
-    """Return rows as a tensor that shares their memory, which nobody writes to; a mapped file's are read when used."""
+    """Return rows as a tensor that shares their memory, and that must not be written to."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
         return torch.from_numpy(rows)
@@ -145,18 +148,17 @@ def as_tensor(rows: NDArray[Any]) -> Tensor:
 def near_duplicates(rows: NDArray[np.floating], above: float, device: str = "cpu") -> list[Found]:
     """Group rows whose cosine, after the mean of all rows was subtracted, is greater than ``above``.
 
-    A model's embeddings have much in common, so their cosines are near 1; without the mean, cosines differ clearly. The
-    mean of only a few rows tells little. Pairs connect rows into groups, so two rows of a group may be less similar
-    than ``above``. All N² / 2 pairs are compared, in blocks.
+    Pairs connect rows into groups, so two rows of a group may be less similar than ``above``.
 
     Args:
-        rows: The index, (N, D), of any float type; it may be mapped from a file.
+        rows: Rows of the index, (N, D), of any float type; the array may be mapped from a file.
         above: The cosine that a pair must exceed, from -1 to 1.
         device: cpu or cuda.
 
     Returns:
         The groups, the largest first.
     """
+    # A model's embeddings have much in common: without the mean, cosines differ clearly.
     mean_D = np.zeros(rows.shape[1])
     for first in range(0, len(rows), BLOCK):
         mean_D += rows[first : first + BLOCK].sum(axis=0, dtype=np.float64) / len(rows)
@@ -181,14 +183,14 @@ def near_duplicates(rows: NDArray[np.floating], above: float, device: str = "cpu
 
 
 def _centered(rows: NDArray[np.floating], mean_D: NDArray[np.float64]) -> Tensor:
-    """Subtract the mean from rows, (B, D), and scale them to length 1, in float64; rows at the mean become equal."""
+    """Subtract the mean from rows, (B, D), and scale the rows to length 1, in float64."""
     rest_BD = torch.from_numpy(rows - mean_D)
     is_mean_B = vector_norm(rest_BD, dim=1) <= 1e-6 * np.linalg.norm(mean_D)
     return normalize(torch.where(is_mean_B[:, None], 1.0, rest_BD), dim=1)
 
 
 def _join(labels: Int64Array, first: Int64Array, second: Int64Array) -> None:
-    """Give all rows of connected groups one label: the smallest of their row numbers."""
+    """Give all rows of connected groups one label, the smallest of their labels."""
     while len(first):
         low, high = (choose(labels[first], labels[second]) for choose in (np.minimum, np.maximum))
         apart = low != high

@@ -209,7 +209,7 @@ def test_rows_of_two_different_runs_are_not_joined(interrupted: Path) -> None:
         (TEACHER, source, ("--pooling", "mean", "--normalize"), "embedding, normalize"),
         (renamed, source, (), "embedding"),
     ):
-        named = rf"/\.photos\.npy\.partial: an interrupted run had a different {difference}; delete that folder"
+        named = rf"/\.photos\.npy\.partial: an interrupted run had other settings \({difference}\); delete that folder"
         with pytest.raises(InputError, match=named):
             embed(model, images, out, *AGAIN, *options)
     assert out.read_bytes() == (interrupted / "photos.ids.npy").read_bytes() == b"old"
@@ -375,7 +375,7 @@ def test_an_embedding_that_is_not_finite_is_refused(
         return {EMBEDDING: torch.full((len(images), 48), 1e5)}
 
     monkeypatch.setattr(Transformer, "embed_all", embed_all)
-    with pytest.raises(InputError, match=r"00\.JPEG, or .*: its embedding is not finite with .* float16"):
+    with pytest.raises(InputError, match=r"00\.JPEG, or of a later sample in the batch, is not finite with .* float16"):
         embed(TEACHER, photos, tmp_path / "photos.npy", "--dtype", "float16")
 
 
