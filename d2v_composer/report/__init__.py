@@ -1,1 +1,1 @@
-"""Draw a run's report: one HTML file that needs no network, and its plots as PNG files."""
+"""Write HTML pages and plots about runs and evaluations."""

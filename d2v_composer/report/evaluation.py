@@ -1,4 +1,4 @@
-"""Write an evaluation's folder: the numbers, a page of what the student finds, and a picture of quality over speed."""
+"""Write the files of an evaluation."""
 
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,12 @@ def write_evaluation(
 
     Args:
         evaluation: The results.
-        folder: Folder whose files, of an earlier evaluation of the same weights, are replaced.
+        folder: The folder, in which existing files of these names are replaced.
         title: Title of the page.
         modality: Modality of the evaluated model's samples.
         context: Further entries of the JSON file.
     """
-    (folder / "evaluation.png").unlink(missing_ok=True)  # an earlier call's, of other numbers
+    (folder / "evaluation.png").unlink(missing_ok=True)  # an earlier evaluation may have measured speeds
     evaluation.write(folder, context)
     costs = "Size and computation", cost_table(evaluation.costs, modality.cost_unit, evaluation.speeds)
     tables = [*accuracy_tables(evaluation.results, evaluation.datasets), costs]

@@ -28,20 +28,19 @@ class Shown(NamedTuple):
     """A sample in a gallery."""
 
     title: str
-    """The line below the picture: ``query``, the model that found the sample, or its cosine with the query."""
+    """The first line below the picture."""
     mark: str
-    """✓ if the sample has the query's class, else ✗; without labels, ✓ if both models find the sample, else empty. The
-    query's mark is empty."""
+    """✓, ✗ or empty."""
     label: str
-    """The sample's class, its id, or empty."""
+    """The sample's class or id, or empty."""
     picture: bytes
-    """A PNG file."""
+    """Contents of a PNG file."""
     sound: bytes
-    """A FLAC file; empty for an image."""
+    """Contents of a FLAC file; empty for an image."""
 
 
 def render(template: str, **values: Any) -> str:
-    """Return a page made from one of the templates beside this file."""
+    """Return an HTML page, made from a template in this module's folder."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -54,9 +53,12 @@ def render(template: str, **values: Any) -> str:
 def galleries(
     datasets: Mapping[str, EvaluationSet], results: Sequence[Result], unit: str
 ) -> Iterator[tuple[str, str, list[list[Shown]]]]:
-    """Yield the name of each data set in which the student's neighbors are known, and its gallery's note and rows.
+    """Yield the name, the note and the gallery of each data set in which the student's neighbors are known.
 
-    The queries are test samples, chosen by a fixed seed: every run shows the same ones.
+    Args:
+        datasets: Name → data set.
+        results: Results of the student and of the teacher.
+        unit: Name of the samples, in the plural.
     """
     for name, labeled in datasets.items():
         nearest = {
@@ -68,25 +70,25 @@ def galleries(
         if STUDENT in nearest:
             chosen = torch.randperm(len(labeled.test.labels), generator=torch.Generator().manual_seed(0))[:QUERIES]
             of, marks = (
-                ("train", "✓ has the query's class, ✗ another")
+                ("train", "✓ marks the query's class, ✗ another class")
                 if labeled.has_labels
-                else ("other", "✓ is found by both")
+                else ("other test", "✓ marks what both models find")
             )
-            beside = ", and in its teacher's" if TEACHER in nearest else ""
-            about = f"A query, then the {of} {unit} that are nearest to it in the trained student's embedding{beside}"
-            yield name, f"{about}: {marks}.", gallery(labeled, chosen, nearest)
+            beside = " and in its teacher's embedding" if TEACHER in nearest else ""
+            about = f"A query, then the nearest {of} {unit} in the student's embedding{beside}"
+            yield name, f"{about}; {marks}.", gallery(labeled, chosen, nearest)
 
 
 def gallery(labeled: EvaluationSet, chosen: Tensor, nearest: Mapping[str, Tensor]) -> list[list[Shown]]:
-    """Show test samples, each in a row with the samples nearest to it in each model.
+    """Return a row for each chosen test sample, with the sample and each model's nearest samples.
 
-    With labels, the neighbors are train samples, marked as right or wrong. Without labels, they are other test samples,
-    marked where both models find them.
+    With labels, the neighbors are train samples, marked ✓ if they have the query's class, else ✗. Without labels, the
+    neighbors are test samples, marked ✓ if all models find them.
 
     Args:
-        labeled: A data set.
+        labeled: The data set.
         chosen: Indices of the test samples, (Q,).
-        nearest: Model → indices of the samples nearest to each test sample, nearest first, (N, K).
+        nearest: Name of a model → indices of the samples nearest to each of the N test samples, (N, K), nearest first.
     """
     train, queries, class_names, _ = labeled
     bank = train if labeled.has_labels else queries
@@ -116,8 +118,8 @@ def picture(sample: Tensor) -> bytes:
     """Return a picture of a sample as a PNG file.
 
     Args:
-        sample: A square image, (3, side, side) uint8, or a clip, (L,), whose first 10 seconds are drawn as a square
-            log-mel spectrogram, high pitches on top.
+        sample: A square image, (3, side, side) uint8, or a clip, (L,) float32, whose first 10 seconds are drawn as a
+            log-mel spectrogram.
     """
     if sample.ndim == 3:
         if sample.shape[1] > SHOWN_SIZE:
@@ -133,5 +135,5 @@ def picture(sample: Tensor) -> bytes:
 
 
 def sound(sample: Tensor) -> bytes:
-    """Return the first 10 seconds of a clip, (L,), as a FLAC file; for an image, no bytes."""
+    """Return the first 10 seconds of a clip, (L,) float32, as a FLAC file; for an image, no bytes."""
     return encode_flac(sample[:HEARD].numpy()) if sample.ndim == 1 else b""

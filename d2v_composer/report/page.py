@@ -1,4 +1,4 @@
-"""Write a run's report as one HTML file that contains its pictures; write the plots as PNG files too."""
+"""Write the report of a run."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -15,10 +15,7 @@ from d2v_composer.system.files import write_atomically
 
 
 def write_report(run: Run, folder: Path) -> list[Path]:
-    """Write ``report.html`` and its plots as ``report/*.png`` into a run's folder.
-
-    The plots' names are fixed: ``retrieval_DATASET_bank_{train,test}``, ``gap_closed_DATASET``, ``probes_DATASET``,
-    ``loss`` and the other curves.
+    """Write ``report.html``, and the report's plots as ``report/*.png``, into a run's folder.
 
     Returns:
         The written files, the page first.
@@ -29,7 +26,7 @@ def write_report(run: Run, folder: Path) -> list[Path]:
         record=run.record,
         num_batches=int(latest(run.log.get("time/batch", {})) or 0),
         warnings=[
-            f"{state.replace('_', ' ')} at batches {min(batches)} to {max(batches)}"
+            f"{state.replace('_', ' ')}: first at batch {min(batches)}, last at batch {max(batches)}"
             for state in HEALTH_STATES
             if (batches := [step for step, value in run.log.get(f"health/{state}", {}).items() if value])
         ],
@@ -50,6 +47,6 @@ def write_report(run: Run, folder: Path) -> list[Path]:
 
 
 def cost_tables(run: Run) -> Iterator[tuple[str, list[list[str]]]]:
-    """Yield the title and the lines of the table of sizes and computation, if the run recorded them."""
+    """Yield the title and the lines of the table of costs, if the run's record has costs."""
     if costs := run.record.get("costs"):
         yield "Size and computation of what d2v export writes", cost_table(costs, run.modality.cost_unit)

@@ -54,7 +54,7 @@ Line = tuple[Mapping[int, float] | float, dict[str, Any]]
 
 
 def curves(run: Run) -> Iterator[tuple[str, Figure]]:
-    """Yield the file name and figure of each plot over steps for which the log has values."""
+    """Yield the name and the figure of each plot in ``CURVES`` for which the log has values."""
     for name, (title, scale, labels) in CURVES.items():
         lines = {label: (run.log[key], {}) for key, label in labels.items() if key in run.log}
         if lines:
@@ -62,7 +62,7 @@ def curves(run: Run) -> Iterator[tuple[str, Figure]]:
 
 
 def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
-    """Yield the file names and figures of each data set's retrieval, probes and teacher gap closed over the steps."""
+    """Yield the name and the figure of each plot of accuracies, or of the teacher gap closed, on a data set."""
     for dataset in run.retrieval["datasets"]:
         ks, plots = sorted(run.retrieval["ks"]), dict[tuple[str, str], list[Column]]()
         measured = {result.column.key: result.column for result in run.results if result.dataset == dataset}
@@ -99,10 +99,6 @@ def gap_plot(title: str, lines: Mapping[str, Line]) -> Figure:
 
 
 def _accuracies(run: Run, dataset: str, columns: Sequence[Column]) -> dict[str, Line]:
-    """Return label → line: a curve for a row that changes in training, a horizontal line for any other row.
-
-    Each row has a color, each column a line style.
-    """
     lines = {}
     for column, dashes in zip(columns, cycle(["-", "--", ":", "-."])):
         label = f", {column.heading}" if len(columns) > 1 else ""  # else the title says it
@@ -116,10 +112,10 @@ def _accuracies(run: Run, dataset: str, columns: Sequence[Column]) -> dict[str, 
 
 @mpl.rc_context(STYLE)
 def quality_over_speed(evaluation: Evaluation, batch_size: int, unit: str) -> Figure:
-    """Plot each model's accuracies, with 95 % intervals, over its speed: a panel for each data set.
+    """Plot each model's accuracies, with 95 % intervals, over the model's speed, with a panel for each data set.
 
     Args:
-        evaluation: The results; models whose speed was not measured are left out.
+        evaluation: The evaluation; models without a measured speed are left out.
         batch_size: The batch size of the speed.
         unit: Name of the samples, in the plural.
     """
@@ -164,13 +160,13 @@ def to_png(figure: Figure) -> bytes:
 
 @mpl.rc_context(STYLE)
 def plot(title: str, scale: str, lines: Mapping[str, Line], limits: tuple[float, float] | None = None) -> Figure:
-    """Plot lines over the batches; several lines are labeled where they end, and long lines get a running mean.
+    """Plot lines over the training steps.
 
     Args:
         title: Title of the plot.
-        scale: "%": the axis is in %; "log": it is logarithmic, if all values are positive; "": neither.
+        scale: "%" for a vertical axis in %, "log" for a logarithmic axis if all values are positive, or "".
         lines: Label → :data:`Line`.
-        limits: The lowest and the highest value that the plot may show; default: all values.
+        limits: The lowest and the highest value that the plot may show; default: no limits.
     """
     figure = Figure(figsize=(WIDTH, HEIGHT))
     axes = figure.subplots()
@@ -201,12 +197,11 @@ def plot(title: str, scale: str, lines: Mapping[str, Line], limits: tuple[float,
 
 
 def label_ends(axes: Axes, ends: Iterable[tuple[float, str, Any]]) -> None:
-    """Write labels to the right of the axes, each at the height of its line's end, moved apart where they would touch.
+    """Write the lines' labels to the right of the axes, beside the ends of the lines.
 
     Args:
-        axes: The axes, with their limits.
-        ends: For each line, the height of its end in the axis's units, its label and its color. A pointer of this color
-            leads to the label; the text is black, because pale colors are hard to read.
+        axes: The axes.
+        ends: For each line, the value at the line's end, the label and the color.
     """
     axes.get_ylim()  # matplotlib chooses the limits only when they are asked for
     to_share = axes.transData + axes.transAxes.inverted()

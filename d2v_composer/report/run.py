@@ -1,4 +1,4 @@
-"""Read a run's folder, and judge the student: how much of the teacher gap it closes, and what to do next."""
+"""Read a run's folder, and judge the student."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -37,21 +37,21 @@ class Run(NamedTuple):
     """Contents of a run's folder from which a report is made."""
 
     record: Mapping[str, Any]
-    """The sections of run.yaml: config, command, versions, hardware, data, and teacher or model."""
+    """Contents of ``run.yaml``."""
     log: Log
     datasets: Mapping[str, EvaluationSet] = {}
-    """Name → data set, if its samples can still be read."""
+    """Name → data set, for galleries."""
     results: Sequence[Result] = ()
-    """Results, as in :class:`~d2v_composer.callbacks.ZeroShotRetrieval`."""
+    """The results in the newest checkpoint."""
 
     @property
     def modality(self) -> Modality:
-        """The modality of the samples; images have the size of those in a gallery."""
+        """The modality of the samples, with images of ``SHOWN_SIZE`` pixels per side."""
         return MODALITIES[self.record["data"]["modality"]].of_side(SHOWN_SIZE)
 
     @property
     def retrieval(self) -> Mapping[str, Any]:
-        """The section ``retrieval`` of the config; fine-tuning and detection have none, and so no data sets."""
+        """The section ``retrieval`` of the config; for fine-tuning and detection, a section without data sets."""
         config = self.record["config"]
         return {"datasets": {}, "max_images": None} if "dataset" in config else config["retrieval"]
 
@@ -62,13 +62,12 @@ def latest(values: Mapping[int, float]) -> float | None:
 
 
 def read_run(folder: Path) -> Run:
-    """Read the folder of a finished or unfinished run: a distillation, a fine-tuning or a detector's training.
+    """Read the folder of a distillation, a fine-tuning or a detector's training, finished or not.
 
-    Results and neighbors are those of the newest checkpoint. Data sets that cannot be read, or have changed since, are
-    left out, with a printed line.
+    A data set that cannot be read, or has changed since the run, is left out, with a printed line.
 
     Raises:
-        InputError: The folder is not a run's, or its newest checkpoint is corrupt.
+        InputError: The folder is not a run's, or a file of the run is corrupt.
     """
     record_file, log_file, checkpoint = folder / "run.yaml", folder / LOG, folder / LATEST
     measured: dict[str, Any] = {"conditions": {}, "results": []}
@@ -95,10 +94,9 @@ def read_run(folder: Path) -> Run:
 
 
 def verdicts(run: Run) -> Iterator[str]:
-    """Yield the verdict on each data set on which the untrained student, the student and its teacher were measured.
+    """Yield a verdict on the student, and what to do next, for each data set with comparable results.
 
-    The verdict has two sentences: what the student finds, beside its teacher; and what to do next. It is about
-    retrieval or, without labels, about the neighbor agreement with the teacher. Each number is also in the table.
+    The results to compare are those of the untrained student, the student and the teacher.
     """
     for dataset in run.retrieval["datasets"]:
         for column, cells in pivot(run.results, dataset).items():
@@ -122,7 +120,7 @@ def _found(column: Column, cells: Mapping[str, Result], gap: GapClosed, unit: st
     if not gap.queries_needed:
         return f"{said}; the teacher is no better than the untrained student, {shown[UNTRAINED]}."
     few = f"{len(cells[STUDENT].hits):,} {unit} are too few to tell how far training moves the student"
-    enough = f"{gap.queries_needed:,} or more would do"
+    enough = f"{gap.queries_needed:,} or more would be enough"
     return f"{said}; {few} from the untrained student's {shown[UNTRAINED]} toward the teacher ({enough})."
 
 
@@ -130,11 +128,11 @@ def _next(run: Run, dataset: str, column: Column, cells: Mapping[str, Result], g
     if gap.interval is None:
         unit = run.modality.unit
         if not gap.queries_needed:
-            return f"Measure the student on other {unit}, or with another teacher."
+            return f"Measure the student on other {unit}, or train it with another teacher."
         if cells[STUDENT].accuracy > cells[UNTRAINED].accuracy:
             return f"Measure the student on more test {unit}."
     elif gap.interval.value >= ENOUGH:
-        return "Export or fine-tune the student: there is little left to close."
+        return "Export or fine-tune the student: little of the teacher gap is left."
     if gap.interval is None or gap.interval.low <= 0:
         return "Train the student longer: so far, it is not clearly better than the untrained student."
     untrained, student, teacher = (cells[row].accuracy for row in GAP)

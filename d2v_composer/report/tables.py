@@ -27,16 +27,12 @@ DATASET = "cifar10"
 
 
 def format_table(head: Sequence[str], rows: Sequence[Sequence[str]], style: str = "plain") -> str:
-    """Format a table of at least one row: first column aligned left, the others right, missing cells empty."""
+    """Return a table of at least one row as text."""
     return tabulate(rows, head, style, stralign="right", colalign=("left",), disable_numparse=True)
 
 
 def accuracy_tables(results: Sequence[Result], datasets: Iterable[str]) -> Iterator[tuple[str, list[list[str]]]]:
-    """Yield each table's title, with the embedding's name, and its lines: a head, then the rows.
-
-    Cells are in %, with 95 % intervals. If a column has a teacher gap closed, the last row has it. A row of another
-    embedding than the title's names its own.
-    """
+    """Yield the title and the lines, head and rows, of each table of accuracies in %, with 95 % intervals."""
     batch = last_batch(results)
     for dataset in datasets:
         of_dataset = pivot(results, dataset)
@@ -61,17 +57,17 @@ def accuracy_tables(results: Sequence[Result], datasets: Iterable[str]) -> Itera
 
 
 def format_tables(results: Sequence[Result], datasets: Iterable[str]) -> str:
-    """Format :func:`accuracy_tables` as text."""
+    """Return :func:`accuracy_tables` as text."""
     tables = accuracy_tables(results, datasets)
     return "\n\n".join(f"{title}\n{format_table(head, rows)}" for title, (head, *rows) in tables)
 
 
 def evaluation_tables(evaluation: Evaluation, unit: str) -> str:
-    """Return tables of accuracies with intervals, the teacher gap closed, and each model's size, GFLOP and speed.
+    """Return an evaluation's tables of accuracies and costs as text.
 
     Args:
-        evaluation: The results.
-        unit: The unit of GFLOP and speed: image or audio second.
+        evaluation: The evaluation.
+        unit: See :func:`cost_table`.
     """
     head, *rows = cost_table(evaluation.costs, unit, evaluation.speeds)
     tables = format_tables(evaluation.results, evaluation.datasets)
@@ -81,7 +77,13 @@ def evaluation_tables(evaluation: Evaluation, unit: str) -> str:
 def cost_table(
     costs: Mapping[str, Mapping[str, float]], unit: str, speeds: Mapping[int, Mapping[str, float]] = {}
 ) -> list[list[str]]:
-    """Return the head and the rows of a table of each model's size, GFLOP and, by batch size, ``unit`` per second."""
+    """Return the head and the rows of a table of each model's size, GFLOP and speed.
+
+    Args:
+        costs: Name of a model → result of :func:`~d2v_composer.evaluation.evaluate.cost`.
+        unit: Name of one input, for which GFLOP are counted: image or audio second.
+        speeds: Batch size → name of a model → inputs per second.
+    """
     head = ["", "M parameters", "MB in float32", f"GFLOP/{unit}", *(f"{unit}s/s, batch {size}" for size in speeds)]
     rows = []
     for name, cost in costs.items():
@@ -92,20 +94,18 @@ def cost_table(
 
 
 def percent(interval: Interval, decimals: int = 1) -> str:
-    """Format an interval in %, such as 50.0 [48.1, 52.3]."""
+    """Return an interval in %, such as "50.0 [48.1, 52.3]"."""
     value, low, high = (f"{100 * share:.{decimals}f}" for share in interval)
     return f"{value} [{low}, {high}]"
 
 
 def study_table(logs: Mapping[str, Log]) -> str:
-    """Return a table of each run's top-1 on ``DATASET`` in %, bank train / test, and its teacher gap closed.
+    """Return a table of each run's top-1 accuracies on ``DATASET`` and teacher gap closed, in %, loss and seconds.
 
-    The gap closed is the mean over both banks. The untrained student and the teacher are the first run's; if a run
-    measured its own, they stand below its line. ``loss`` is the mean of the last 100 batches, ``s`` the seconds of
-    training without evaluations.
+    The loss is the mean of the last 100 logged values. The seconds are those of training without evaluations.
 
     Args:
-        logs: Run → log; embeddings that the first run lacks are not shown.
+        logs: Name of a run → log. A run without its own untrained student and teacher is compared with the first run's.
     """
     first = next(iter(logs.values()))
     names = [name for name in (*RAW_EMBEDDINGS, EMBEDDING) if _top1(first, name) != "–"]
@@ -128,7 +128,6 @@ def study_table(logs: Mapping[str, Log]) -> str:
 
 
 def _top1(log: Log, embedding: str, row: str = STUDENT, step: int | None = None) -> str:
-    """Return the top-1 accuracy in % with each bank, at a step, by default the last; or a dash if the log has none."""
     values = [log.get(metric_key(DATASET, retrieval_from(bank, 1), embedding, row), {}) for bank in BANKS]
     steps = [max(curve, default=0) if step is None else step for curve in values]
     return " / ".join(f"{100 * curve[at]:.1f}" for curve, at in zip(values, steps, strict=True) if at in curve) or "–"

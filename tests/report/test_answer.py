@@ -69,7 +69,7 @@ def scores(column: str, untrained: float, student: float, teacher: float) -> tup
             None,
             "Train the student longer: so far, it is not clearly better than the untrained student.",
         ),
-        ((0.2, 0.5, 0.58), None, "Export or fine-tune the student: there is little left to close."),
+        ((0.2, 0.5, 0.58), None, "Export or fine-tune the student: little of the teacher gap is left."),
     ],
     ids=["rising", "flat", "a CNN, falling", "as untrained", "enough"],
 )
@@ -133,7 +133,7 @@ def test_a_teacher_that_is_no_better_leaves_no_gap_to_close() -> None:
     shown, _ = scores("bank train top-1", 30, 40, 30)
     assert [*verdicts(run)] == [
         f"{shown}; the teacher is no better than the untrained student, 30.0 %. "
-        "Measure the student on other images, or with another teacher."
+        "Measure the student on other images, or train it with another teacher."
     ]
 
 
@@ -143,7 +143,8 @@ def test_too_few_queries_make_no_percentage(queries: int, teacher: float) -> Non
     assert closed(run) == "–"
     [said] = verdicts(run)
     doubt = re.search(
-        rf"; {queries} images are too few .*\(([\d,]+) or more would do\)\. Measure the student on more test", said
+        rf"; {queries} images are too few .*\(([\d,]+) or more would be enough\)\. Measure the student on more test",
+        said,
     )
     assert doubt is not None
     enough = int(doubt[1].replace(",", ""))

@@ -256,7 +256,7 @@ def test_draws_an_interrupted_run_without_its_images(run_folder: Path, tmp_path:
     written = report.main([str(folder)])
     assert {path.stem for path in written} >= {"report", "loss", "retrieval_squares_bank_train"}
     assert "What the student finds" not in (folder / "report.html").read_text()
-    assert "diverging at batches 7 to 9" in (folder / "report.html").read_text()
+    assert "diverging: first at batch 7, last at batch 9" in (folder / "report.html").read_text()
 
 
 def test_a_data_set_that_was_rebuilt_has_no_gallery(
@@ -322,7 +322,7 @@ def test_a_set_without_labels_has_a_gallery(small_data: Path, images: Path, tmp_
         assert [sum(each.title == model and each.mark == "✓" for each in row) for row in rows] == shared
     assert 0 < sum(shared) < 90
     page.write_report(run, tmp_path / "run")
-    assert "the other images that are nearest to it" in (tmp_path / "run" / "report.html").read_text()
+    assert "the nearest other test images" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_training_succeeds_even_if_its_report_fails(
