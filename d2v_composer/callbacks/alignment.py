@@ -114,9 +114,9 @@ class AlignStudent(Callback):
     def pairs(
         self, to_device: Callable[[Tensor], Tensor], before_batch: Callable[[], None], inputs: list[str]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each batch's inputs and targets of the alignment, in the same order on every rank.
+        """Yield the inputs, (N, I), and the targets, (N, P), of the alignment for each batch of N samples.
 
-        Shapes: (N, I) for I inputs and (N, P) for P outputs of the alignment, with N samples in the batch.
+        The order of the batches is the same on every rank.
         """
         ranks, count = Ranks(dist.get_global_rank(), dist.get_world_size()), len(self.batches)
         rounds = range(0, count, ranks.world_size)

@@ -1,4 +1,4 @@
-"""Save a run's checkpoints, and stop a run on a signal or when its loss is not finite."""
+"""Save a run's checkpoints, and stop a run on a signal or when the loss is not finite."""
 
 import logging
 import math
@@ -215,10 +215,10 @@ class Checkpoints(Callback):
                     upload_missing(self.folder)
 
     def end_training(self, state: State) -> None:
-        """Exit if a signal has arrived, and let later ones end the process at once; call this method on every rank."""
+        """Exit if a signal has arrived; call this method on every rank."""
         self._agree(state)  # a rank that left before the others have agreed would fail them
         self._exit_if_stopping(state)
-        processes.obey_signals()
+        processes.obey_signals()  # all is saved
 
     def _exit_if_stopping(self, state: State) -> None:
         if (signum := self.stop.signal) is None:
@@ -251,7 +251,9 @@ MIN_LOSS_SCALE = 1e-4
 
 
 class NanGuard(Callback):
-    """Stop training when the loss is infinite or NaN; with loss scaling, when the scale is below ``MIN_LOSS_SCALE``.
+    """Stop training when the loss is infinite or NaN.
+
+    With loss scaling (amp_fp16), training stops instead when the loss scale is below :data:`MIN_LOSS_SCALE`.
 
     Example:
         >>> from d2v_composer.callbacks import NanGuard

@@ -52,7 +52,7 @@ class Health(Callback):
     - ``non_finite``: 1 if the loss or one of the first three numbers is infinite or NaN, else 0;
     - ``scaler_skips``: 1 if the loss scale has fallen since the last measurement, else 0.
 
-    A warning is logged when one of the last five numbers changes from 0 to 1.
+    When one of the last five numbers changes from 0 to 1, a warning is logged.
 
     The model must return a :class:`~d2v_composer.objectives.objective.Regression` or
     :class:`~d2v_composer.objectives.objective.Outputs`, whose first regression is measured; for other models, override
@@ -60,7 +60,7 @@ class Health(Callback):
 
     Args:
         interval: Time between measurements, a Composer time string.
-        grace: Time before ``dead`` can be 1, a Composer time string; '0.2dur' is a fifth of the run.
+        grace: Time before which ``dead`` is 0, a Composer time string; '0.2dur' is a fifth of the run.
 
     Example:
         >>> from d2v_composer.callbacks import Health

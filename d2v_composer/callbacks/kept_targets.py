@@ -28,8 +28,7 @@ CHECKSUM = 8  # bytes at the end of a row
 class KeptTargets(Callback):
     """Write each batch's targets to a file, from which later epochs read the targets.
 
-    The teacher runs again for a batch if the targets of a sample are missing, damaged or made from something else. The
-    file is deleted at the end of the run.
+    The teacher runs again for a batch if the file lacks valid targets of a sample. The end of the run deletes the file.
 
     Args:
         path: The file, in the run's folder.

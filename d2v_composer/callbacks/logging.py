@@ -42,9 +42,9 @@ log = logging.getLogger(__name__)
 
 
 class ProgressLogger(LoggerDestination):
-    """Show, on rank 0, the time left and the logged loss, speed, share of time spent waiting for data, and accuracies.
+    """Show on rank 0 the time left and, if logged, the loss, the speed, the data wait and accuracies.
 
-    :class:`~d2v_composer.callbacks.Throughput` logs the speed and the share, and
+    :class:`~d2v_composer.callbacks.Throughput` logs the speed and the data wait, and
     :class:`~d2v_composer.callbacks.ZeroShotRetrieval` logs accuracies.
 
     Args:
@@ -95,7 +95,7 @@ class ProgressLogger(LoggerDestination):
             self.bar.close()
 
     def status(self) -> list[str]:
-        """Return the latest logged numbers as text."""
+        """Return the latest logged numbers, each as text."""
         return [
             template.format(self.latest[key], unit=self.unit) for key, template in SHOWN.items() if key in self.latest
         ]
@@ -112,7 +112,7 @@ def num_batches(state: State) -> int:
 class JSONLLogger(LoggerDestination):
     """Write a JSON line for each call of ``log_metrics``, on rank 0: ``{"step": batch, key: value, …}``.
 
-    A resumed run appends to the file, and first removes the lines of later batches.
+    A resumed run appends lines, after the removal of lines from batches that the run repeats.
 
     Args:
         filename: Path of the file; missing folders are created.
@@ -172,7 +172,7 @@ class Uploads(LoggerDestination):
             put(path, f"{self.address}/{path.name}", denial_passes=True)
 
     def start(self, task: Callable[..., None], *arguments: Any) -> None:
-        """Start a task in the thread; after a failed task, later tasks do nothing."""
+        """Run a task in the thread, unless an earlier task has failed."""
 
         def run() -> None:
             if self.has_failed:

@@ -63,10 +63,17 @@ class RunRecord(Callback):
             InputError: A fixed key has changed.
         """
         if changes := self.changes(state["record"]):
-            raise InputError(f"{changes}; a new run needs another save_folder, and no load_path")
+            raise InputError(
+                f"{changes}; undo the changes, or start a new run with another save_folder and without load_path"
+            )
 
     def changes(self, before: Record, keys: Sequence[str] = ()) -> str:
-        """Return a line with the changes of ``keys``, default: the fixed keys, since an earlier record; '' if none."""
+        """Return a line about all changes since an earlier record, or '' if nothing has changed.
+
+        Args:
+            before: The earlier record.
+            keys: Dotted keys to compare; default: the fixed keys.
+        """
         records = hide_secrets(before), self.record, self.defaults
         groups = (find_changes(key, *(value_at(record, key) for record in records)) for key in keys or self.fixed)
         return "; ".join(change for changes in groups for change in changes)

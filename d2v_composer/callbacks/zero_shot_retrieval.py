@@ -46,10 +46,10 @@ class ZeroShotRetrieval(Callback):
 
     The test samples are queries to a bank of the train samples, and the train samples to a bank of the test samples.
 
-    The model needs a method ``embed_all`` or ``embed``, unless the argument ``embed`` is given. Each of these functions
-    returns embeddings, (B, D), or a dict of several embeddings by name, for images, (B, 3, height, width) uint8, or
-    clips, (B, L) float32, on the model's device. If any clips are padded, the second argument is the length of each
-    clip without padding, (B,) int64.
+    The model needs a method ``embed_all`` or ``embed``, unless the argument ``embed`` is given. The method or function
+    embeds images, (B, 3, height, width) uint8, or clips, (B, L) float32, on the model's device, and returns the
+    embeddings, (B, D), or a dict of several embeddings by name. If any clips are padded, the second argument is the
+    length of each clip without padding, (B,) int64.
 
     Logged, as numbers from 0 to 1:
 
@@ -69,7 +69,7 @@ class ZeroShotRetrieval(Callback):
     Args:
         datasets: Name → evaluation set. On a set without labels, the metrics that need no labels are measured.
         interval: Time between evaluations, a Composer time string.
-        ks: Numbers of neighbors. Top-k accuracy is the share of queries whose label any of the k nearest samples has.
+        ks: Numbers k of nearest samples among which top-k accuracy looks for the query's label.
         embed: Function to use instead of the model's method.
         headline: Name of the embedding that tables show, for a model with several embeddings.
         all_embeddings: Measure all embeddings, not only the headline.
@@ -91,7 +91,7 @@ class ZeroShotRetrieval(Callback):
             ``{"batch": int, "metrics": {key: accuracy}}``.
         baseline_metrics: Log key → accuracy of the baselines.
         results: The latest results that tables show.
-        conditions: Dotted name → text, for the conditions that a resumed run must not change.
+        conditions: Dotted name → text, for everything about the sets' evaluation that a resumed run must not change.
         was_stopped: True if ``should_stop`` ended the last evaluation.
 
     Example:
@@ -196,7 +196,7 @@ class ZeroShotRetrieval(Callback):
         """Restore the measurements.
 
         Raises:
-            InputError: A condition of a set has changed.
+            InputError: An entry of ``conditions`` has changed.
         """
         before, now = self.conditions | state["conditions"], state["conditions"] | self.conditions
         if changes := "; ".join(find_changes("retrieval.datasets", before, now)):
@@ -206,7 +206,7 @@ class ZeroShotRetrieval(Callback):
         self.conditions, self.results = now, read_results(state["results"])
 
     def evaluate(self, state: State, logger: Logger) -> None:
-        """Measure the model and log the results, unless the last evaluation was after the same batch."""
+        """Measure the model and log the results, unless the model was already measured after the same batch."""
         if self.history and self.history[-1]["batch"] == int(state.timestamp.batch):
             return
         self.was_stopped = True
@@ -235,12 +235,12 @@ class ZeroShotRetrieval(Callback):
         run_evaluation_events(state, logger, metrics)
 
     def infos(self) -> dict[str, EmbeddingInfo]:
-        """Return name → description of the embedding, for the known models."""
+        """Return name of a model → description of the model's embedding, for the models in ``models``."""
         names = {UNTRAINED: STUDENT, "encoder": TEACHER} | {name: name for name in self.models}
         return {name: self.models[model].embedding for name, model in names.items() if model in self.models}
 
     def weights(self, rows: Sequence[Row]) -> dict[str, str]:
-        """Return name → hash of the weights, for the known models that embed queries of the rows."""
+        """Return name → hash of the weights, for the models in ``models`` that embed queries of the rows."""
         names = {name: {UNTRAINED: STUDENT}.get(name, name) for name in (row.queries.model for row in rows)}
         return {name: self.models[model].identify_weights() for name, model in names.items() if model in self.models}
 

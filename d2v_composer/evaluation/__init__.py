@@ -1,1 +1,1 @@
-"""Turn embeddings into accuracies."""
+"""Measure the quality of embeddings."""

@@ -19,7 +19,7 @@ from d2v_composer.system.errors import RunError
 from d2v_composer.system.progress import progress_bar
 
 Embed = Callable[..., Tensor | dict[str, Tensor]]
-"""A function that returns the embeddings of a batch, (B, D), or a dict of several embeddings by name.
+"""A function that returns the embedding of each sample in a batch, (B, D), or a dict of several embeddings by name.
 
 The first argument is images, (B, 3, height, width) uint8, or clips, (B, L) float32, on the model's device. If any clips
 are padded, the second argument is the length of each clip without padding, (B,) int64.
@@ -45,7 +45,7 @@ def embed_set(
         dataset: Name of the set in progress bars.
         labeled: The set.
         settings: Settings of the evaluation.
-        infos: Name of a model → description of its embedding, if known.
+        infos: Name of a model → description of the model's embedding, if known.
 
     Returns:
         Name of a model → embeddings: all with ``settings.needs_all``, otherwise the headline and ``embedding``.

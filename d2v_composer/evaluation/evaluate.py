@@ -38,7 +38,7 @@ def cost(model: Backbone | Encoder | None, fitted_width: int = 0) -> dict[str, A
     """Return a model's ``num_parameters``, the number of values in all tensors, and ``gflop`` for one input.
 
     Args:
-        model: The model; ``None``: both numbers are 0.
+        model: The model; ``None``: ``num_parameters`` and ``gflop`` are 0.
         fitted_width: Number of outputs of an alignment that the model lacks but will get; 0 for none.
     """
     if model is None:
@@ -58,8 +58,7 @@ def share_encoders(
     A shared encoder runs once for each batch, so call all functions under the same autocast.
 
     Args:
-        first: The model whose input (``pixels`` or ``log_mel``) and, if the model has further blocks, ``encoder`` are
-            baselines.
+        first: The model whose input and, if the model has blocks after the encoder, encoder are the baselines.
         models: Name → model.
         layer_mean: Settings of the embedding ``layer_mean`` of all models.
         fill_to: Number of samples to which smaller batches are filled up; 0: batches keep their size.
@@ -123,7 +122,8 @@ class Evaluation:
             for dataset, labeled in datasets.items():
                 self.datasets.setdefault(dataset, labeled)  # the first group is the model's
                 print(
-                    f"embedding {sum(labeled.num_samples):,} samples of {dataset}: {', '.join(embeds)}", file=sys.stderr
+                    f"embedding {sum(labeled.num_samples):,} samples of {dataset} with {', '.join(embeds)}",
+                    file=sys.stderr,
                 )
                 with torch.inference_mode(), precision_of(autocast_dtype, device):
                     embedded = embed_set(embeds, dataset, labeled, settings, self.infos)

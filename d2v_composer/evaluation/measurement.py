@@ -115,7 +115,7 @@ class PairLoader:
         return EmbeddingInfo(side.embedding, "raw", self.embedded[side.model]["test"][side.embedding].shape[1], "")
 
     def fits_texts(self, queries: Side, info: EmbeddingInfo) -> bool:
-        """Return whether the queries' embedding is or estimates a ``joint`` embedding as wide as the set's texts."""
+        """Return True if the queries' embedding can be compared with the class embeddings."""
         classes = self.labeled.class_embeddings
         return (
             queries.embedding == EMBEDDING

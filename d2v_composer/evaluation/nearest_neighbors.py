@@ -124,7 +124,7 @@ def retrieval_hits(nearest: Tensor, bank_labels: Tensor, query_labels: Tensor, k
 def retrieval_accuracy(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, ks: Sequence[int] = (1, 3)
 ) -> dict[int, float]:
-    """Return for each k the share of queries whose label any of the query's k nearest bank samples by cosine has.
+    """Return for each k the share of queries with a sample of the same label among the k nearest by cosine.
 
     Args:
         bank: Embeddings to search, (N, D).
@@ -181,7 +181,7 @@ ONE_RANK = Ranks()
 
 
 def vote(neighbors: TopK, bank_labels: Tensor, temperature: float | None) -> Tensor:
-    """Return the label with the most votes of each query's neighbors, (Q,); the smallest label wins a tie.
+    """Return for each query the label with the most votes of the neighbors, (Q,); the smallest label wins a tie.
 
     Args:
         neighbors: Neighbors from :func:`exact_neighbors`, (Q, K).
@@ -205,7 +205,7 @@ def knn_accuracy(
     k: int = NUM_NEIGHBORS,
     temperature: float | None = TEMPERATURE,
 ) -> float:
-    """Return the share of queries, from 0 to 1, whose label wins the vote of the k nearest bank samples by cosine.
+    """Return the share of queries, from 0 to 1, whose label wins the vote of the query's k nearest bank samples.
 
     Args:
         bank: Embeddings to search, (N, D).

@@ -22,7 +22,7 @@ NUM_RESAMPLES = 2000
 # A gap closed is stated if its 95 % interval is narrower than this share of the gap.
 WIDEST = 0.5
 Hits = NDArray[np.bool_ | np.float64]
-"""A number for each query, (Q,): True for a hit, or a share from 0 to 1."""
+"""The hit of each query, (Q,): a bool, or a share from 0 to 1."""
 
 
 class Result(NamedTuple):
@@ -97,7 +97,7 @@ def heading(texts: Mapping[str, str]) -> str:
 
 
 def label(row: str, text: str, of_table: str) -> str:
-    """Return a row's title, with the row's embedding ``text`` if the embedding ``of_table`` is another."""
+    """Return a row's title, followed by the row's embedding ``text`` if the table's title has another embedding."""
     return row if text in ("", of_table) else f"{row} ({'raw' if text.startswith('raw ') else text})"
 
 
@@ -127,8 +127,8 @@ class GapClosed(NamedTuple):
     """The fraction of the gap from untrained student to teacher that the student closes."""
 
     interval: Interval | None
-    """The fraction with its interval; ``None`` if the fraction is too uncertain, or the teacher not better than the
-    untrained student."""
+    """The fraction with its interval; ``None`` if the fraction is too uncertain, or if the teacher is not better than
+    the untrained student."""
     queries_needed: int = 0
     """If the fraction is too uncertain, roughly the number of queries that would be enough; else 0."""
 
@@ -167,7 +167,7 @@ def round_up(number: int) -> int:
 def gap_closed_by_step(
     log: Log, dataset: str, embedding: str = "", k: int = 1, baselines: Log | None = None
 ) -> dict[int, float]:
-    """Return the teacher gap closed in top-k retrieval, averaged over the banks in which the teacher is better.
+    """Return the teacher gap closed in top-k retrieval, averaged over the banks with a teacher gap above 0.
 
     Args:
         log: Log of the student's run.
@@ -177,7 +177,7 @@ def gap_closed_by_step(
         baselines: Log with the accuracies of the untrained student and of the teacher; default: ``log``.
 
     Returns:
-        Number of training batches → teacher gap closed; empty if the gap is unknown or not above 0.
+        Number of training batches → teacher gap closed; empty if no bank has such a gap.
     """
     values: dict[int, list[float]] = {}
     for bank in BANKS:

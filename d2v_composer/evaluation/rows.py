@@ -60,7 +60,7 @@ class Row(NamedTuple):
     def sides(
         self, names: Collection[str], headline: str, info: EmbeddingInfo | None
     ) -> Iterator[tuple[Side, Side, bool]]:
-        """Yield, for each embedding of the row, the queries, the bank, and whether tables show the embedding.
+        """Yield, for each embedding of the row, the queries, the bank, and True if tables show the embedding.
 
         Args:
             names: Names of the embeddings of the model that embeds the queries.
@@ -82,7 +82,7 @@ class Row(NamedTuple):
 
 
 def find_headline(headline: str, names: Collection[str], info: EmbeddingInfo | None) -> str:
-    """Return the headline or, for a model without the headline, the name of the embedding that tables show instead.
+    """Return the name of a model's embedding that tables show.
 
     Raises:
         ValueError: The model has several embeddings, none of which can replace the headline.

@@ -15,7 +15,7 @@ from d2v_composer.system.errors import InputError
 
 
 class Settings(NamedTuple):
-    """Settings of an evaluation, for all of its sets."""
+    """Settings of an evaluation."""
 
     headline: str
     """Name of the embedding that tables show."""
@@ -41,7 +41,7 @@ class Settings(NamedTuple):
     """Text of the progress bar before the name of the set; ``None``: no bar."""
 
     def metrics(self, labeled: EvaluationSet) -> list[Metric]:
-        """Return the metrics to measure on a set; without labels, all metrics that can be measured."""
+        """Return the metrics to measure on a set."""
         has = {
             "labels": labeled.has_labels,
             "teacher": self.has_teacher,
@@ -63,7 +63,7 @@ class Settings(NamedTuple):
         return any(what in metric.needs for metric in self.metrics(labeled))
 
     def conditions(self, name: str, labeled: EvaluationSet) -> dict[str, str]:
-        """Return dotted name → text, for the conditions that a resumed run must not change."""
+        """Return dotted name → text, for everything about a set's evaluation that a resumed run must not change."""
         classes = labeled.class_embeddings
         conditions = {f"{name}.embedding": self.headline, f"{name}.images": labeled.fingerprint()}
         if self.needs(labeled, "views"):

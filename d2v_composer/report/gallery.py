@@ -1,4 +1,4 @@
-"""Show samples in an HTML page that contains their pictures and sounds."""
+"""Show samples in an HTML page, with their pictures and sounds."""
 
 import base64
 import io
@@ -53,7 +53,7 @@ def render(template: str, **values: Any) -> str:
 def galleries(
     datasets: Mapping[str, EvaluationSet], results: Sequence[Result], unit: str
 ) -> Iterator[tuple[str, str, list[list[Shown]]]]:
-    """Yield the name, the note and the gallery of each data set in which the student's neighbors are known.
+    """Yield the name, a note and the gallery of each data set for which results have the student's nearest samples.
 
     Args:
         datasets: Name → data set.
@@ -82,8 +82,8 @@ def galleries(
 def gallery(labeled: EvaluationSet, chosen: Tensor, nearest: Mapping[str, Tensor]) -> list[list[Shown]]:
     """Return a row for each chosen test sample, with the sample and each model's nearest samples.
 
-    With labels, the neighbors are train samples, marked ✓ if they have the query's class, else ✗. Without labels, the
-    neighbors are test samples, marked ✓ if all models find them.
+    With labels, the nearest samples are train samples; ✓ marks the query's class, ✗ another class. Without labels, the
+    nearest samples are other test samples; ✓ marks a sample that all models find.
 
     Args:
         labeled: The data set.

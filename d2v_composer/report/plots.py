@@ -112,7 +112,7 @@ def _accuracies(run: Run, dataset: str, columns: Sequence[Column]) -> dict[str, 
 
 @mpl.rc_context(STYLE)
 def quality_over_speed(evaluation: Evaluation, batch_size: int, unit: str) -> Figure:
-    """Plot each model's accuracies, with 95 % intervals, over the model's speed, with a panel for each data set.
+    """Plot the accuracies of models, with 95 % intervals, over the models' speeds; each data set has a panel.
 
     Args:
         evaluation: The evaluation; models without a measured speed are left out.

@@ -94,9 +94,9 @@ def read_run(folder: Path) -> Run:
 
 
 def verdicts(run: Run) -> Iterator[str]:
-    """Yield a verdict on the student, and what to do next, for each data set with comparable results.
+    """Yield a text about the student's quality and the next step for each data set.
 
-    The results to compare are those of the untrained student, the student and the teacher.
+    Data sets without comparable results of the untrained student, the student and the teacher are left out.
     """
     for dataset in run.retrieval["datasets"]:
         for column, cells in pivot(run.results, dataset).items():
@@ -111,7 +111,7 @@ def _found(column: Column, cells: Mapping[str, Result], gap: GapClosed, unit: st
     shown = {row: f"{100 * result.accuracy:.1f} %" for row, result in cells.items()}
     if IN_INDEX in cells and are_comparable(cells[IN_INDEX], cells[TEACHER]):
         beside = f"in its teacher's index, where the teacher scores {shown[TEACHER]} ({column.heading})"
-        said = f"the student scores {shown[IN_INDEX]} {beside}; in an index of its own it scores {shown[STUDENT]}"
+        said = f"the student scores {shown[IN_INDEX]} {beside}; in its own index, the student scores {shown[STUDENT]}"
     else:
         said = f"the student scores {shown[STUDENT]}, and its teacher {shown[TEACHER]} ({column.heading})"
     if gap.interval is not None:

@@ -100,12 +100,12 @@ def percent(interval: Interval, decimals: int = 1) -> str:
 
 
 def study_table(logs: Mapping[str, Log]) -> str:
-    """Return a table of each run's top-1 accuracies on ``DATASET`` and teacher gap closed, in %, loss and seconds.
+    """Return a table of each run's top-1 accuracies and teacher gap closed on ``DATASET``, loss and training time.
 
-    The loss is the mean of the last 100 logged values. The seconds are those of training without evaluations.
+    The loss is the mean of the last 100 logged values; the training time, in seconds, excludes evaluations.
 
     Args:
-        logs: Name of a run → log. A run without its own untrained student and teacher is compared with the first run's.
+        logs: Name of a run → log; the first run must have measured the untrained student and the teacher.
     """
     first = next(iter(logs.values()))
     names = [name for name in (*RAW_EMBEDDINGS, EMBEDDING) if _top1(first, name) != "–"]

@@ -101,7 +101,7 @@ def test_a_student_in_its_teachers_index() -> None:
     assert rows == ["untrained student", "student", in_index.row, "teacher", "teacher gap closed"]
     assert said.startswith(
         "On set, the student scores 50.0 % in its teacher's index, where the teacher scores 60.0 % (bank train top-1); "
-        f"in an index of its own it scores 40.0 %; that is {closed(run)} % of the way from the untrained student's "
+        f"in its own index, the student scores 40.0 %; that is {closed(run)} % of the way from the untrained student's "
         "20.0 % to "
     )
     numbers = {number for _, cell in lines for number in re.findall(r"-?\d+\.\d", cell)}

@@ -1,4 +1,4 @@
-"""Neighbor agreement: the share of a sample's 10 nearest test samples that the teacher finds, too.
+"""Neighbor agreement: the share of a sample's 10 nearest test samples that a model and the teacher have in common.
 
 This is mutual k-NN (Huh et al. 2024, arXiv:2405.07987).
 """
@@ -32,7 +32,7 @@ def nearest_others(pair: Pair) -> Tensor:
 
 AGREEMENT = Metric(
     "agreement",
-    "is the share of a sample's 10 nearest neighbors that the teacher finds, too",
+    "is the share of a sample's 10 nearest test samples that a model and the teacher have in common",
     WITHOUT_LABELS,
     frozenset({"teacher"}),
     columns,

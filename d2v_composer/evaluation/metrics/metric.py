@@ -1,4 +1,4 @@
-"""Define what a metric of embeddings consists of.
+"""Describe metrics of embeddings, and the embeddings to measure.
 
 Shapes: Q queries, N bank samples, K neighbors, D channels.
 """
@@ -64,7 +64,7 @@ class Pair:
     teacher: Callable[[], Tensor]
     """Returns the indices of each test sample's K nearest other test samples in the teacher's embedding, (Q, K)."""
     widths: Mapping[str, int] = field(default_factory=dict)
-    """Bank → the largest number of neighbors that any metric asks for."""
+    """Bank → largest number of neighbors that a metric needs."""
     title: str = ""
     """Name of the pair in warnings; '': no warnings."""
     found: dict[tuple[str, str], TopK] = field(default_factory=dict)
@@ -94,7 +94,7 @@ class Metric(NamedTuple):
     """The rest of a sentence that begins with the metric's name, for the description of a YAML's ``probes``."""
     table: Table
     needs: frozenset[str]
-    """What the metric needs: any of ``labels``, ``teacher``, ``texts`` (embeddings of the classes) and ``views``."""
+    """What the metric needs: any of ``labels``, ``teacher``, ``texts`` (class embeddings) and ``views``."""
     columns: Callable[[Sequence[int], Mapping[str, int]], list[Column]]
     """Returns the columns, given the numbers of neighbors for top-k accuracies and the size of each bank, if known."""
     hits: Callable[[Pair, Sequence[Column]], Iterable[Tensor]]
