@@ -1,7 +1,8 @@
-"""The alignment: a linear map from a student's raw embeddings to its teacher's embedding, or to another model's.
+"""The alignment: a linear map from a student's raw embeddings to the embedding of a teacher or another model.
 
 An alignment is fitted in closed form, without labels, or trained.
-Shapes: B samples of a batch, N pairs, I channels of concatenated raw embeddings, P of the target, S ridge strengths.
+Shapes: B samples of a batch, N pairs, I channels of concatenated raw embeddings, P channels of the target,
+S ridge strengths.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from d2v_composer.models.names import EMBEDDING, MadeBy
 
 # Ridge strengths that are tried, as multiples of the inputs' mean variance.
 STRENGTHS = [10.0**power for power in range(-8, 2)]
-# Every tenth pair measures the strengths, and R².
+# Every tenth pair is held out, to choose the strength and to measure R².
 HELD_OUT = 10
 MIN_PAIRS = 2 * HELD_OUT
 
@@ -31,25 +32,24 @@ MADE_BY: dict[MadeBy, str] = {
 
 
 class EmbeddingInfo(NamedTuple):
-    """Description of a model's embedding: its name, what made it, its width, and the space that it is in."""
+    """Description of a model's embedding."""
 
     of: str
-    """Name of the raw embedding that this is or, for an estimate, of the teacher's: ``output_cls``, ``joint``, …"""
+    """Name of the raw embedding or, for an estimate, of the estimated embedding of the teacher."""
     made_by: MadeBy
     width: int
     """Number of channels, P."""
     fingerprint: str
     """Hash of the alignment; '' without an alignment."""
     space: str = ""
-    """Identifier of the space: the hash of a model, and the name of the embedding of that model which this embedding is
-    or estimates; '' if unknown."""
+    """Identifier of the space in which the embedding lies; '' if unknown."""
 
     def is_in_space_of(self, other: "EmbeddingInfo") -> bool:
-        """Return True if both embeddings are in one known space, so that cosines between them are meaningful."""
+        """Return True if both embeddings are in the same known space."""
         return self.space == other.space != ""
 
     def in_words(self, name: str) -> str:
-        """Return the embedding ``name`` of a model as tables write it, such as "the teacher's output_cls"."""
+        """Return the words for the embedding ``name`` in tables, such as "the teacher's output_cls"."""
         if name != EMBEDDING or self.of == EMBEDDING:
             return name
         return f"raw {self.of}" if self.made_by == "raw" else f"the teacher's {self.of}"
@@ -61,7 +61,7 @@ class EmbeddingInfo(NamedTuple):
 class Alignment(Freezable):
     """A float32 linear map from a model's concatenated raw embeddings to the model's embedding.
 
-    It is frozen, unless ``made_by`` is ``training``.
+    The map is frozen unless ``made_by`` is ``training``.
 
     Args:
         inputs: Names of the raw embeddings to concatenate.
@@ -119,10 +119,8 @@ class Fit(NamedTuple):
 class Moments:
     """Sums over pairs of inputs and targets, in float64, from which :meth:`fit` computes an alignment.
 
-    Sums are added in the order of the calls, so the alignment has the same bits whichever processes embed the pairs.
-
     Args:
-        pairs: Arguments of the first calls of :meth:`add`.
+        pairs: Batches of inputs and targets for :meth:`add`.
     """
 
     def __init__(self, pairs: Iterable[tuple[Tensor, Tensor]] = ()) -> None:
@@ -144,7 +142,7 @@ class Moments:
         """Fit a ridge regression with the strength that has the least error on the held-out pairs.
 
         Args:
-            whole: Fit the returned map to all pairs; otherwise, only to those that are not held out.
+            whole: Fit the returned map to all pairs; if false, leave out the held-out pairs.
 
         Source: Hoerl and Kennard 1970, Technometrics 12(1); the alignment minimizes |Y - XW - b|² + ridge |W|².
 
@@ -153,7 +151,7 @@ class Moments:
         """
         fitted, held_out = (sums.cpu() for sums in self.sums)
         if self.count < MIN_PAIRS or not (fitted + held_out).isfinite().all():
-            raise ValueError(f"expected at least {MIN_PAIRS} pairs, all of finite embeddings; got {self.count} pairs")
+            raise ValueError(f"expected at least {MIN_PAIRS} pairs, with finite embeddings; got {self.count} pairs")
         inputs, targets = self.inputs, self.targets
         means, values_I, basis_II, products_IP = self._decomposed(fitted)
         scatter = scatter_about(held_out, means)
@@ -175,7 +173,7 @@ class Moments:
 
     def _decomposed(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the means, (I + P,); the eigenvalues, (I,), and eigenvectors, (I, I), of the centered XᵀX; and the
-        centered XᵀY in the basis of these eigenvectors, (I, P)."""
+        centered XᵀY in the basis of the eigenvectors, (I, P)."""
         means = sums[0, 1:] / sums[0, 0]
         scatter = scatter_about(sums, means)
         values_I, basis_II = torch.linalg.eigh(scatter[self.inputs, self.inputs])

@@ -1,7 +1,6 @@
-"""Blocks that return their FFN outputs, and data2vec 2.0's post-norm block with linear attention biases (ALiBi).
+"""The post-norm block of data2vec 2.0, which also returns its FFN output, and linear attention biases (ALiBi).
 
-:class:`Block` is fairseq's ``AltBlock`` with ``layer_norm_first=False``. Parameter names are fairseq's, so that weights
-load from a plain dict. ALiBi: Press et al. 2022, arXiv:2108.12409.
+Source: fairseq's ``AltBlock`` with ``layer_norm_first=False``; ALiBi: Press et al. 2022, arXiv:2108.12409.
 Shapes: B inputs, E extra tokens, N patches or frames, T = E + N tokens, D channels, H heads, K = D/H channels per head.
 """
 
@@ -40,16 +39,13 @@ def manhattan_distance(index_N: Tensor, columns: int) -> Tensor:
 
 
 class Alibi(nn.Module):
-    """Attention bias: -slope · Manhattan distance between patches, and 0 for extra tokens.
-
-    The bias for the longest input so far is kept per dtype and device, without gradient and with rows aligned for the
-    kernels. Shorter inputs use parts of it. Attention broadcasts it over the batch without a copy.
+    """Attention bias: -slope · Manhattan distance between patches or frames, and 0 for extra tokens.
 
     Args:
-        num_columns: Columns of the grid of patches; 1 for a sequence, whose distances are |i - j|.
-        num_heads: Number of heads, H. Heads from ``num_alibi_heads`` on have no bias.
-        num_alibi_heads: Number of heads with a bias, which have the slopes of a model with that many heads.
-        num_extra_tokens: Number of tokens before the patches, E.
+        num_columns: Number of columns in the grid of patches; 1 for a sequence of frames.
+        num_heads: Number of heads, H.
+        num_alibi_heads: Number of heads with a bias, which are the first heads.
+        num_extra_tokens: Number of tokens before the patches or frames, E.
     """
 
     def __init__(self, num_columns: int, *, num_heads: int, num_alibi_heads: int, num_extra_tokens: int) -> None:
@@ -66,7 +62,8 @@ class Alibi(nn.Module):
 
         Args:
             x_BTD: The blocks' input.
-            scale: One layer's learned factors, (1, H or fewer, 1, 1), which are clamped at 0; ``None``: factors of 1.
+            scale: A layer's learned factors, (1, number of heads with a bias or 1, 1, 1), of which negative factors
+                count as 0; ``None``: no factors.
         """
         dtype, num_tokens = autocast_dtype(x_BTD), x_BTD.shape[1]
         if scale is None:
@@ -77,10 +74,7 @@ class Alibi(nn.Module):
         return aligned((self.unscaled(num_tokens, torch.float32, x_BTD.device) * scale).to(dtype))
 
     def unscaled(self, num_tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return the bias with a scale of 1, (1, H, T, T).
-
-        It is a view of a tensor that is kept for each dtype and device, and rebuilt if T outgrows it.
-        """
+        """Return the bias without learned factors, (1, H, T, T)."""
         key = (dtype, device)
         longest = self.kept[key].shape[-1] if key in self.kept else 0
         if longest < num_tokens:
@@ -92,11 +86,11 @@ class Alibi(nn.Module):
         return kept if kept.shape[-1] == num_tokens else kept[..., :num_tokens, :num_tokens]
 
     def slopes(self) -> Tensor:
-        """Return the slope of each head, (H,), which is 0 for heads without a bias."""
+        """Return the slope of each head, (H,), with 0 for heads without a bias."""
         return pad(alibi_slopes(self.num_alibi_heads), (0, self.num_heads - self.num_alibi_heads))
 
     def build(self, num_tokens: int, slopes_H: Tensor | None = None) -> Tensor:
-        """Compute the bias for T tokens, (1, H, T, T) float32, on the device of the slopes, by default the CPU."""
+        """Compute the bias for T tokens, (1, H, T, T) float32, on the device of the slopes."""
         slopes_H = self.slopes() if slopes_H is None else slopes_H
         # Not arange: a program that torch.export writes would name the device.
         index_N = slopes_H.new_full((num_tokens - self.num_extra_tokens,), 1.0).cumsum(0) - 1
@@ -107,9 +101,9 @@ class Alibi(nn.Module):
 def attention_bias(
     alibi: Alibi | None, x_BTD: Tensor, padding_mask: Tensor | None = None, scale: Tensor | None = None
 ) -> Tensor | None:
-    """Return the attention bias of ALiBi and padding: (1, H, T, T), or (B, H, T, T) with -inf for padded keys.
+    """Return ALiBi's attention bias plus -inf for padded keys; ``None`` without ALiBi and padding.
 
-    Without ALiBi, a bias for padding alone is (B, 1, 1, T); without either, ``None``.
+    The bias broadcasts to (B, H, T, T).
 
     Args:
         alibi: The module that computes ALiBi's bias; ``None`` for no ALiBi.
@@ -126,7 +120,7 @@ def attention_bias(
 
 
 def aligned(bias: Tensor) -> Tensor:
-    """Return a bias with rows aligned in memory for the attention kernels; unchanged if it is traced for any length."""
+    """Align the rows of a bias in memory for the attention kernels, unless the number of tokens is symbolic."""
     return bias if isinstance(bias.shape[-1], torch.SymInt) else pad_rows(bias)[..., : bias.shape[-1]]
 
 
@@ -142,7 +136,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 
 
 class FfnBlock(nn.Module, ABC):
-    """Base of blocks that return their FFN output, too."""
+    """Base of blocks that also return their FFN output."""
 
     @abstractmethod
     def forward(
@@ -152,9 +146,8 @@ class FfnBlock(nn.Module, ABC):
 
         Args:
             x_BTD: The block's input.
-            context: An attention bias that broadcasts to (B, H, T, T), in the dtype of the attention; or what this
-                kind of block takes instead, such as rotary positions.
-            needs_output: If false, the block's output is ``None``. The last block's output is often not needed.
+            context: An attention bias, which broadcasts to (B, H, T, T), or rotary positions.
+            needs_output: If false, the block's output is ``None``.
         """
 
 
@@ -175,7 +168,7 @@ class Attention(nn.Module):
 
 
 def attend(query_BHTK: Tensor, key_BHTK: Tensor, value_BHTK: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute scaled_dot_product_attention, (B, H, T, K), by two matrix products where these are faster on a CPU."""
+    """Return scaled dot-product attention, (B, H, T, K)."""
     is_cpu_bf16 = query_BHTK.dtype == torch.bfloat16 and query_BHTK.device.type == "cpu"
     # Asked last, because a program exported in float32 takes sequences of any length.
     if is_cpu_bf16 and (query_BHTK.requires_grad or query_BHTK.shape[-2] <= SHORT_SEQUENCE):
@@ -202,8 +195,7 @@ class Mlp(nn.Module):
 class Block(FfnBlock):
     """``a = norm1(x + attention(x)); t = mlp(a); x' = norm2(a + t)``, where ``t`` is the FFN output.
 
-    With ``has_input_norm``, ``x`` is the block's input after a further LayerNorm, for the residual stream of a pre-norm
-    model, whose scale is not bounded.
+    With ``has_input_norm``, ``x`` is the block's input after a further LayerNorm.
     """
 
     def __init__(

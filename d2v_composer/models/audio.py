@@ -1,4 +1,4 @@
-"""Encode waveforms: the part that all audio encoders share, data2vec 2.0's audio encoder, and EAT's.
+"""Audio encoders: data2vec 2.0's and EAT's.
 
 Shapes: B clips, L samples, C channels of convolutions, E extra tokens, N frames or patches, T = E + N tokens,
 D channels, M mels; of EAT, W windows of a clip, F frames of 10 ms.
@@ -25,7 +25,7 @@ FRAME, HOP, NUM_POINTS, LOWEST_HERTZ, LOG_FLOOR = 400, 160, 512, 20.0, torch.fin
 
 
 class Waveforms(Encoder):
-    """The part that all audio encoders share: checks, examples and baseline of waveforms.
+    """Base of audio encoders.
 
     Attributes:
         min_samples: Smallest number of samples in a waveform.
@@ -36,7 +36,6 @@ class Waveforms(Encoder):
     min_samples: int = FRAME
 
     def prepare(self, values: Tensor) -> Tensor:
-        """Check waveforms, and return them as float32."""
         if values.ndim != 2 or not values.is_floating_point() or values.shape[1] < self.min_samples:
             raise ValueError(
                 f"waveforms must be (B, L) float in [-1, 1] of at least {self.min_samples} samples; got "
@@ -45,7 +44,6 @@ class Waveforms(Encoder):
         return values.float()
 
     def example(self, count: int) -> Tensor:
-        """Return ``count`` clips of one second of silence, (count, L)."""
         return torch.zeros(count, SAMPLE_RATE)
 
     def noise(self, count: int) -> Tensor:
@@ -58,10 +56,9 @@ class Waveforms(Encoder):
 
 
 class AudioEncoder(Waveforms, Data2Vec2Encoder):
-    """Convolutions, projection, positional convolutions, extra tokens, LayerNorm, ``prenet_depth`` blocks.
+    """Data2vec 2.0's audio encoder: convolutions, projection, positional convolutions, extra tokens, LayerNorm, blocks.
 
-    Inputs are waveforms, (B, L) float in [-1, 1], 16 kHz mono, not normalized. Padding changes nothing: a clip has the
-    same tokens in a padded batch as alone. (In fairseq padding changes the positions.)
+    Inputs are waveforms, (B, L) float in [-1, 1], 16 kHz mono. Padding does not change the tokens of a clip.
     """
 
     config: AudioEncoderConfig
@@ -126,7 +123,7 @@ class AudioEncoder(Waveforms, Data2Vec2Encoder):
             if self.config.extractor_mode == "layer_norm":
                 x_BNC = layer["2"]["1"](x_BNC.float())
             elif "2" in layer:
-                # Its statistics are over time; only here does it matter which frames of a convolution are padding.
+                # GroupNorm's statistics are over time, and must leave out padding.
                 padding_BN = (
                     None if lengths is None else padding_mask_of(self.config.num_frames(lengths, 1), x_BNC.shape[1])
                 )
@@ -135,7 +132,7 @@ class AudioEncoder(Waveforms, Data2Vec2Encoder):
         return self.project_features["2"](self.project_features["1"](x_BCN.transpose(1, 2)))
 
     def positions(self, x_BND: Tensor, padding_BN: Tensor | None) -> Tensor:
-        """Return the positional convolutions' output, (B, N, D), which is added to the local features."""
+        """Return the positional convolutions' output, (B, N, D)."""
         convolutions: Any = self.relative_positional_encoder
         if self.config.conv_pos_pre_ln:
             x_BND, convolutions = convolutions["0"](x_BND), convolutions["1"]
@@ -162,7 +159,7 @@ def padding_mask_of(lengths: Tensor, size: int) -> Tensor:
 
 
 class LogMel(nn.Module):
-    """Compute log-mel spectrograms as Kaldi does without dither and energy: a frame every 10 ms, only whole frames."""
+    """Compute log-mel spectrograms like Kaldi without dither and energy: one whole frame every 10 ms."""
 
     window: Tensor
     filters: Tensor
@@ -204,11 +201,10 @@ def mel_filters() -> Tensor:
 
 
 class EatEncoder(Waveforms, Data2Vec2Encoder):
-    """EAT's encoder: log-mel spectrogram, patch embedding, fixed positions, CLS, LayerNorm, ``prenet_depth`` blocks.
+    """EAT's encoder: log-mel spectrogram, patch embedding, fixed positions, extra tokens, LayerNorm, blocks.
 
-    Inputs are waveforms, (B, L) float in [-1, 1], 16 kHz mono. A spectrogram has ``target_length`` frames. That of a
-    shorter clip is filled up with zeros, as in pre-training, and no token counts as padding. A longer clip is cut off,
-    unless :meth:`windows` has divided it.
+    Inputs are waveforms, (B, L) float in [-1, 1], 16 kHz mono. The spectrogram is filled up with zeros, or cut off, to
+    ``target_length`` frames.
     """
 
     config: EatEncoderConfig
@@ -223,7 +219,7 @@ class EatEncoder(Waveforms, Data2Vec2Encoder):
 
     @property
     def window(self) -> int:
-        """Number of samples that a whole spectrogram covers."""
+        """Number of samples of which a whole spectrogram is made."""
         return (self.config.target_length - 1) * HOP + FRAME
 
     def windows(self, inputs: Inputs) -> Inputs:

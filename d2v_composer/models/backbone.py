@@ -28,10 +28,8 @@ NUM_FIXED_INPUTS, NUM_OUTPUTS, OUTPUT_STEP = 2, 8, 1_000_003
 
 @contextmanager
 def frozen_use() -> Iterator[None]:
-    """Compute without gradients, even in an autocast region in which a training step follows.
-
-    Autocast would otherwise keep the weights that it casts here, without gradient, and use them in the training step.
-    """
+    """Compute without gradients in the ``with`` block."""
+    # Autocast would keep the weights that it casts here, without gradient, for a training step that follows.
     caches_casts = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(caches_casts and not torch.is_grad_enabled())
     try:
@@ -42,7 +40,7 @@ def frozen_use() -> Iterator[None]:
 
 
 def freeze_unused_parameters(model: nn.Module, result: Tensor) -> None:
-    """Freeze the parameters of a model on which a result does not depend: DDP refuses to train them."""
+    """Freeze the parameters of a model on which a result does not depend."""
     if result.requires_grad:
         result.sum().backward()
     for parameter in model.parameters():
@@ -51,10 +49,7 @@ def freeze_unused_parameters(model: nn.Module, result: Tensor) -> None:
 
 
 def hash_weights(model: "Backbone", left_out: tuple[str, ...] = ()) -> str:
-    """Return a hash of a model's sizes and weights, not of its file, which a run in progress may have replaced.
-
-    Tensors whose names begin with one of ``left_out`` do not count.
-    """
+    """Return a hash of a model's sizes and weights, without tensors whose names begin with one of ``left_out``."""
     tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(left_out)}
     return hash_tensors(tensors, (model.encoder.config, model.config))
 
@@ -73,10 +68,10 @@ def keep_trained_tensors(module: nn.Module, state_dict: dict, prefix: str, local
 
 
 def check_tensors(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Check that a state dict has exactly a module's tensors, because Composer may load without ``strict``.
+    """Check that a state dict has exactly a module's tensors.
 
     Raises:
-        InputError: A tensor is missing, unknown or misshapen.
+        InputError: A tensor is missing, is unknown or has another shape.
     """
     stored, expected = (
         {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -89,7 +84,7 @@ def check_tensors(module: nn.Module, state_dict: dict[str, Tensor], prefix: str,
 
 
 def expect_no_frozen_tensors(module: nn.Module, incompatible_keys: _IncompatibleKeys) -> None:
-    """Let strict loading accept missing tensors, which are only frozen ones after :func:`check_tensors`."""
+    """Let strict loading accept missing tensors; :func:`check_tensors` has checked which tensors are missing."""
     incompatible_keys.missing_keys.clear()
 
 
@@ -97,17 +92,16 @@ class Backbone(nn.Module, ABC):
     """Base of models: an encoder, and layers that turn its tokens into features.
 
     Args:
-        encoder: The encoder; it is not copied, so that models can share it.
+        encoder: The encoder, which models may share.
         config: The sizes of the layers after the encoder.
-        provenance: Origin of the weights, stored in files that are derived from them.
+        provenance: Origin of the weights.
 
     Attributes:
-        embed_dim: Number of channels of features and raw embeddings; the encoder's, unless a student is narrower.
+        embed_dim: Number of channels of the features, D.
         layer_mean: The module that computes this model's ``layer_mean`` representation.
-        head: The classifier of a fine-tuned student's embeddings, or ``None``.
-        blocks: The blocks after the encoder; a model that is one module has none.
-        raw_embedding: Name of the raw embedding that :meth:`embed` returns without an alignment; a student takes its
-            teacher's name, if the student has an embedding of that name.
+        head: The classifier of a fine-tuned student, or ``None``.
+        blocks: The blocks after the encoder, if there are any.
+        raw_embedding: Name of the raw embedding that :meth:`embed` returns by default if there is no alignment.
         alignment: The :class:`~d2v_composer.models.alignment.Alignment` that computes the embedding, or ``None``.
     """
 
@@ -125,7 +119,7 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def features(self, tokens: Tokens) -> Features:
-        """Return the model's features, given the encoder's tokens; they are computed only when they are read."""
+        """Return the model's features, given the encoder's tokens."""
 
     def flop(self) -> int:
         """Return the number of operations for all embeddings of one input; see :meth:`Encoder.flop`."""
@@ -133,11 +127,11 @@ class Backbone(nn.Module, ABC):
 
     @property
     def block_list(self) -> list[Any]:
-        """The blocks after the encoder, whose class depends on the model."""
+        """The blocks after the encoder."""
         return list(self.blocks)
 
     def checkpoint_activations(self, enable: bool = True) -> None:
-        """Recompute activations in the backward pass if ``enable``, else keep them; this base class does neither."""
+        """Recompute activations in the backward pass if ``enable``, else keep them, where a subclass supports this."""
 
     @property
     def num_extra_tokens(self) -> int:
@@ -158,14 +152,11 @@ class Backbone(nn.Module, ABC):
         return self.describe(EMBEDDING)
 
     made_by: MadeBy = "raw"
-    """What makes the embedding of a model that has no alignment."""
+    """What makes the model's embedding if there is no alignment."""
 
     def identify_weights(self) -> str:
-        """Return the hash of a teacher's weights and preprocessing, or of a student's sizes and trained weights.
-
-        A student's frozen parts do not count, because a run may hold them in another dtype than a file. An encoder that
-        a run trained counts, although it is frozen once it is loaded.
-        """
+        """Return the hash of a teacher's weights and preprocessing, or of a student's sizes and trained weights."""
+        # A run may hold frozen parts in another dtype than a file. A trained encoder is frozen once it is loaded.
         trained = ("encoder.",) if has_tuned_encoder(self.provenance) else ()
         left_out = tuple(prefix for prefix in frozen_prefixes(self) if not prefix.startswith(trained))
         return self.provenance.get("sha256") or hash_weights(self, left_out)
@@ -187,10 +178,10 @@ class Backbone(nn.Module, ABC):
     def choose_embedding(self, pooling: Pooling | None = None, representation: Representation | None = None) -> str:
         """Return the name of the raw embedding with this pooling and representation.
 
-        With neither, return the name of the embedding that :meth:`embed` computes.
+        With neither argument, return ``EMBEDDING``.
 
         Raises:
-            InputError: The model has no such embedding.
+            InputError: The model has no embedding with this pooling and representation.
         """
         if pooling is None and representation is None:
             return EMBEDDING
@@ -202,36 +193,33 @@ class Backbone(nn.Module, ABC):
         return name
 
     def use_embedding(self, pooling: Pooling | None, representation: Representation | None) -> None:
-        """Let :meth:`embed` give this raw embedding where there is no alignment; with neither argument, change nothing.
+        """Set :attr:`raw_embedding` by pooling and representation; with neither argument, change nothing.
 
         Raises:
-            InputError: The model has no such embedding.
+            InputError: The model has no embedding with this pooling and representation.
         """
         if (name := self.choose_embedding(pooling, representation)) != EMBEDDING:
             self.raw_embedding = name
 
     @property
     def alignment_inputs(self) -> list[str]:
-        """The names of the raw embeddings that an alignment reads: CLS and mean of each representation."""
+        """The names of the raw embeddings that an alignment reads."""
         return [name for name in self.raw_names if name.endswith(("_cls", "_mean"))]
 
     def align(self, weight: Tensor, bias: Tensor, of: str, made_by: MadeBy = "alignment", space: str = "") -> None:
-        """Give this model an alignment with a weight, (P, I), and a bias, (P,), instead of any that it has.
-
-        For the other arguments, see :class:`Alignment`.
-        """
+        """Set the alignment of this model; for the arguments, see :class:`Alignment`."""
         device = next(self.parameters()).device
         self.alignment = Alignment(self.alignment_inputs, weight.to(device), bias.to(device), of, made_by, space)
 
     def train_alignment(self, teachers: EmbeddingInfo) -> None:
-        """Give this model an alignment with random weights, to train it to the embedding ``teachers``."""
+        """Set an alignment with random weights, which is then trained to estimate the embedding ``teachers``."""
         width = sum(map(self.width_of, self.alignment_inputs))
         weight = nn.init.normal_(torch.empty(teachers.width, width), std=0.02)
         self.align(weight, torch.zeros(teachers.width), teachers.of, "training", teachers.space)
 
     @property
     def default_pooling(self) -> Pooling:
-        """``cls``; if the model has no CLS token, ``mean``."""
+        """``cls``, or ``mean`` for a model without a CLS token."""
         return "cls" if self.has_cls_token else "mean"
 
     def padding_mask(self, lengths: Tensor | None, num_samples: int | None = None) -> Tensor | None:
@@ -243,7 +231,7 @@ class Backbone(nn.Module, ABC):
         return self.encoder.padding_mask(lengths, num_samples)
 
     def encode(self, images: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Run the encoder: images or waveforms as for :meth:`embed` → (B, T, D), without gradient.
+        """Return the encoder's tokens for images or waveforms, (B, T, D), without gradient.
 
         Example:
             >>> x = teacher.encode(images)
@@ -256,8 +244,7 @@ class Backbone(nn.Module, ABC):
     def forward_blocks(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """Return the model's output and every FFN output, (B, T, D) each, given the result of :meth:`encode`.
 
-        Without blocks, the model's output is also its only FFN output. ``padding_mask``, (B, T), is true for tokens to
-        which no token may attend.
+        ``padding_mask``, (B, T), is true for padding.
 
         Example:
             >>> output, ffn_outputs = teacher.forward_blocks(teacher.encode(images))
@@ -273,7 +260,7 @@ class Backbone(nn.Module, ABC):
         return features.output
 
     def read(self, features: Features, name: str = EMBEDDING) -> Tensor:
-        """Return the embedding ``name`` of features: (B, P) or, if it is a raw one, (B, D); float32, with gradient."""
+        """Return the embedding ``name`` of features, (B, P) float32, with gradient."""
         if name == EMBEDDING and self.alignment is not None:
             return self.alignment(embeddings_of(features, self.layer_mean))
         name = self.raw_embedding if name == EMBEDDING else name
@@ -286,20 +273,18 @@ class Backbone(nn.Module, ABC):
     def embed_all(
         self, images: Tensor, lengths: Tensor | None = None, *, layer_mean: LayerMean | None = None
     ) -> dict[str, Tensor]:
-        """Compute every embedding in one forward pass, without gradient; for gradients, use :meth:`read`.
+        """Compute every embedding in one forward pass, without gradient.
 
         Args:
             images, lengths: See :meth:`embed`.
-            layer_mean: The module that computes ``layer_mean``, such as another model's; default: this model's.
+            layer_mean: The module that computes ``layer_mean``; default: this model's.
 
         Returns:
-            ``embedding`` → (B, P) float32; and the raw embeddings, ``{representation}_{pooling}`` → (B, D) float32.
-            Representations: ``output`` of the last block, and ``layer_mean``, norm_mean of the FFN outputs. Poolings:
-            ``cls`` (if the model has that token), ``mean`` and ``mean_patches``. A teacher that shares a space with a
-            text tower has ``joint``, too.
+            Name → embedding, (B, channels) float32: ``embedding``, which :meth:`embed` returns by default, and the raw
+            embeddings, whose names are in :attr:`raw_names`.
 
         Raises:
-            ValueError: The images have a shape or dtype that :meth:`embed` does not take.
+            ValueError: The images or waveforms have a shape or dtype that :meth:`embed` does not take.
 
         Example:
             >>> embeddings = student.embed_all(images)
@@ -310,11 +295,7 @@ class Backbone(nn.Module, ABC):
             return self.embed_encoded(self.encoder(self.encoder.windows(Inputs(images, lengths))), layer_mean)
 
     def sample_outputs(self) -> tuple[float, ...]:
-        """Return a few numbers of what this model, on a CPU in float32, computes for fixed inputs.
-
-        Returns:
-            ``NUM_OUTPUTS`` numbers from the output and from each pooling of the output; empty if it is not finite.
-        """
+        """Return a few numbers from this model's outputs for fixed inputs on a CPU, or none if one is not finite."""
         with frozen_use(), torch.autocast("cpu", enabled=False):
             encoder = self.encoder
             features = self.features(encoder(encoder.windows(Inputs(encoder.fixed_inputs(NUM_FIXED_INPUTS)))))
@@ -345,26 +326,22 @@ class Backbone(nn.Module, ABC):
         representation: Representation | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor:
-        """Return the embedding of each image or clip, (B, P) float32, without gradient; or a raw one, (B, D).
+        """Return the embedding of each image or clip, (B, P) float32, without gradient.
 
-        With an alignment, a student estimates its teacher's embedding, so that their cosine similarity is meaningful.
-        :attr:`embedding` describes the embedding.
+        The default is the embedding that :attr:`embedding` describes. ``pooling`` or ``representation`` chooses a raw
+        embedding.
 
         Args:
-            images: (B, 3, height, width) uint8 of any size, which is resized and normalized here; or (B, 3, S, S)
-                float of the model's size, already normalized: pixels from 0 to 1, minus ``encoder.config.image_mean``,
-                over ``encoder.config.image_std``, by channel. For data2vec 2.0 these are ImageNet's, (0.485, 0.456,
-                0.406) and (0.229, 0.224, 0.225), for a timm model its own. For an audio model, waveforms: (B, L) float
-                from -1 to 1, 16 kHz mono, normalized here if the model needs it.
-            pooling: Pooling of a raw embedding: ``cls``, ``mean`` of all tokens, or ``mean_patches``, of patches or
-                frames; default: ``cls`` or, for a model without CLS, such as data2vec 2.0's audio models, ``mean``.
-            representation: Representation of a raw embedding: ``output`` of the last block, the default with a
-                pooling; or ``layer_mean``, the norm_mean of the FFN outputs that the loss regresses.
+            images: Images, (B, 3, height, width) uint8 of any size, or float of the model's size and normalized with
+                ``encoder.config.image_mean`` and ``encoder.config.image_std``. For an audio model: waveforms, (B, L)
+                float from -1 to 1, 16 kHz mono.
+            pooling: ``cls``; ``mean``, of all tokens; or ``mean_patches``, of patches or frames.
+            representation: ``output``, of the last block; or ``layer_mean``, the normalized mean of the FFN outputs.
             lengths: Number of samples of each waveform in a padded batch, (B,) int64.
 
         Raises:
-            InputError: The model has no such embedding.
-            ValueError: The images or waveforms have another shape or dtype than ``images`` may have.
+            InputError: The model has no embedding with this pooling and representation.
+            ValueError: The images or waveforms have a shape or dtype that the model does not take.
 
         Example:
             >>> student.embed(images).shape
@@ -375,14 +352,14 @@ class Backbone(nn.Module, ABC):
 
 
 class Transformer(Backbone):
-    """Blocks that return their FFN outputs, on an encoder.
+    """Base of models with blocks after the encoder.
 
     Args:
         encoder, config, provenance: See :class:`Backbone`.
         blocks: The blocks after the encoder.
 
     Attributes:
-        norm: The final norm, after the last block; an Identity in models without one.
+        norm: The final norm, after the last block, or an Identity.
     """
 
     norm: nn.Module
@@ -396,9 +373,9 @@ class Transformer(Backbone):
 
     @abstractmethod
     def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
-        """Return the attention bias or rotary positions of each block for an input; ``None`` if a block has neither.
+        """Return each block's attention bias, which broadcasts to (B, H, T, T), its rotary positions, or ``None``.
 
-        A bias broadcasts to (B, H, T, T). ``padding_mask``, (B, T), is true for keys to leave out.
+        ``padding_mask``, (B, T), is true for padding.
         """
 
     def iterate_blocks(
@@ -426,7 +403,6 @@ class Transformer(Backbone):
         )
 
     def checkpoint_activations(self, enable: bool = True) -> None:
-        """Recompute each block's activations in the backward pass (``enable``), or keep them in memory."""
         from torch.utils.checkpoint import checkpoint  # takes a quarter of a second
 
         for block in self.block_list:

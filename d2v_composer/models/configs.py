@@ -2,15 +2,15 @@
 
 This module imports neither torch nor timm, because both load slowly.
 
-An encoder's config has these attributes:
+Each class of :data:`EncoderConfig` has these attributes:
 
 - ``modality``: ``image`` or ``audio``, which is also the key of the inputs in a batch;
-- ``num_extra_tokens``: number of tokens before the patches or frames, CLS and registers;
+- ``num_extra_tokens``: number of tokens before the patches or frames;
 - ``has_cls_token``: true if the first extra token is CLS;
-- ``num_columns``: number of columns in the grid of patches; 1 for a sequence;
-- ``norm_eps``: eps of the LayerNorms, a student's included;
-- ``is_normalized``: true if the tokens have passed a LayerNorm; otherwise, a student's first block begins with one;
-- ``preprocessing``: names of the fields that determine how inputs are prepared;
+- ``num_columns``: number of columns in the grid of patches; 1 for a sequence of frames;
+- ``norm_eps``: eps of the LayerNorms in a student's blocks;
+- ``is_normalized``: false if a student's first block must begin with a LayerNorm;
+- ``preprocessing``: names of the fields by which inputs are prepared;
 - ``timm_preprocessing``: the preprocessing as fields of timm's data config; empty for audio;
 - ``recipe``: name of the YAML to train with, without its suffix.
 """
@@ -47,7 +47,7 @@ CONVOLUTIONS = re.compile(r"\[((?:\(\d{1,9},\d{1,9},\d{1,9}\)(?:,|(?=\])))+)\](?
 SAMPLE_RATE = 16_000
 """Samples per second of a waveform."""
 NUM_MELS, EAT_PATCH = 128, 16
-"""Number of channels of a log-mel spectrogram; and side of EAT's patches, in frames and in channels."""
+"""Number of channels of a log-mel spectrogram, and number of frames and of channels in a patch of EAT."""
 
 Depth = Annotated[int, Field(ge=1, le=MAX_DEPTH)]
 Width = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
@@ -58,7 +58,7 @@ Tuple = Annotated[tuple[T, ...], Field(strict=False)]  # JSON has lists
 
 
 def check_whole(name: str, value: object, minimum: int, maximum: int) -> None:
-    """Raise ValueError, with the name of the size, unless the value is an int from ``minimum`` to ``maximum``."""
+    """Raise ValueError unless the value is an int from ``minimum`` to ``maximum``."""
     if type(value) is not int or not minimum <= value <= maximum:
         raise ValueError(f"{name} must be a whole number from {minimum} to {maximum}, got {short(value)}")
 
@@ -69,10 +69,10 @@ def height_and_width(image_size: ImageSize) -> tuple[int, int]:
 
 
 def parse_image_size(image_size: Any) -> ImageSize:
-    """Return an image size, given as a number, a tuple or text: pixels per side, or (height, width) if they differ.
+    """Convert a number of pixels, a tuple (height, width), or text such as '224' or '112x168' to an image size.
 
     Raises:
-        ValueError: The size is neither one or two numbers of pixels up to ``MAX_WIDTH`` nor text such as '112x168'.
+        ValueError: The value has another form, or a side is not from 1 to ``MAX_WIDTH`` pixels.
     """
     shape = image_size if isinstance(image_size, tuple) else (image_size,)
     if isinstance(image_size, str) and re.fullmatch(r"\d{1,9}(x\d{1,9})?", image_size):
@@ -88,11 +88,10 @@ STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=Fals
 
 
 class Config(BaseModel):
-    """Base of all configs of models: sizes and options, checked once and frozen.
+    """Base of the configs of models, which are checked and immutable.
 
     Raises:
-        ValueError: A field is unknown, missing, of a wrong type or out of range, or contradicts another field. The
-            message is one line.
+        ValueError: A field is unknown, missing, of a wrong type or out of range, or contradicts another field.
     """
 
     model_config = STRICT
@@ -105,15 +104,15 @@ class Config(BaseModel):
         self.check()
 
     def check(self) -> None:
-        """Raise ValueError if values that are within their own limits contradict each other."""
+        """Raise ValueError if fields contradict each other."""
 
     def changed(self, **values: object) -> Self:
-        """Return a copy in which these fields have these values; the copy is checked again."""
+        """Return a copy, which is checked, in which the given fields have the given values."""
         return type(self)(**(self.model_dump() | values))
 
 
 def first_fault(error: ValidationError) -> str:
-    """Reduce pydantic's error to one line, about the first wrong field."""
+    """Return one line about the first wrong field of pydantic's error."""
     first = error.errors(include_url=False)[0]
     if first["type"] == "value_error":  # ours
         return str(first["ctx"]["error"])  # pyright: ignore[reportTypedDictNotRequiredAccess]
@@ -123,7 +122,7 @@ def first_fault(error: ValidationError) -> str:
 
 
 class Data2Vec2EncoderConfig(Config):
-    """Sizes that data2vec 2.0's encoders of all modalities share; the defaults are data2vec's own."""
+    """Sizes that all encoders of data2vec 2.0 and EAT have."""
 
     embed_dim: Width = 768
     num_heads: Width = 12
@@ -132,15 +131,14 @@ class Data2Vec2EncoderConfig(Config):
     prenet_depth: int = Field(default=4, ge=0, le=MAX_DEPTH)
     num_extra_tokens: int = Field(default=0, ge=0, le=MAX_PATCHES)
     num_alibi_heads: NonNegativeInt = 0
-    """Number of heads with ALiBi; 0: no ALiBi (fairseq's ``use_alibi_encoder: false``)."""
+    """Number of heads with ALiBi; 0: no ALiBi."""
     alibi_scale_shape: Tuple[int] | None = None
-    """Shape of ALiBi's learned factors for L blocks and H heads, (L or 1, 1, H or 1, 1, 1); ``None``: the checkpoint
-    has no factors."""
+    """Shape of ALiBi's learned factors, (L or 1, 1, H or 1, 1, 1), for L blocks and H heads with ALiBi; ``None``: no
+    learned factors."""
     is_normalized: ClassVar = True
 
     @property
     def has_cls_token(self) -> bool:
-        """True if there are extra tokens, of which the first is CLS."""
         return self.num_extra_tokens > 0
 
     def check(self) -> None:
@@ -161,7 +159,7 @@ class ImageConfig(Config):
 
     in_chans: Width = 3
     image_mean: Tuple[Annotated[float, Field(ge=0, le=1)]] = (0.485, 0.456, 0.406)
-    """Mean of each channel, for pixels from 0 to 1. The defaults of mean and standard deviation are ImageNet's."""
+    """Mean of each channel for pixels from 0 to 1; default: ImageNet's."""
     image_std: Tuple[Annotated[float, Field(ge=1e-3, le=1)]] = (0.229, 0.224, 0.225)
     modality: ClassVar = "image"
     preprocessing: ClassVar = ("image_size", "image_mean", "image_std", "interpolation")
@@ -171,7 +169,7 @@ class ImageConfig(Config):
         super().check()
         for name in ("image_mean", "image_std"):
             if len(values := getattr(self, name)) != self.in_chans:
-                raise ValueError(f"{name} must have {self.in_chans} numbers, as in_chans says, got {short(values)}")
+                raise ValueError(f"{name} must have as many numbers as in_chans, {self.in_chans}, got {short(values)}")
 
     @property
     def timm_preprocessing(self: Any) -> Record:
@@ -226,12 +224,12 @@ class AudioEncoderConfig(Data2Vec2EncoderConfig, SoundConfig):
 
     kind: Literal["audio"] = "audio"
     extractor_mode: Literal["layer_norm", "default"] = "layer_norm"
-    """``layer_norm``: a LayerNorm after each convolution; ``default``: a GroupNorm of each channel over time, only
-    after the first convolution."""
+    """``layer_norm``: a LayerNorm after each convolution; ``default``: a GroupNorm of each channel over time after the
+    first convolution."""
     feature_encoder_spec: str = Field(
         default="[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]", max_length=1000
     )
-    """Channels, kernel and stride of each convolution, as text in fairseq's form."""
+    """Lists of tuples (channels, kernel, stride), one for each convolution, in fairseq's notation."""
     conv_pos_width: Depth = 95
     conv_pos_groups: Depth = 16
     conv_pos_depth: Depth = 5
@@ -247,8 +245,7 @@ class AudioEncoderConfig(Data2Vec2EncoderConfig, SoundConfig):
 
     @property
     def has_cls_token(self) -> bool:
-        """False: the extra tokens of an audio encoder are registers."""
-        return False
+        return False  # the extra tokens of an audio encoder are registers
 
     @cached_property
     def convolutions(self) -> list[tuple[int, int, int]]:
@@ -263,9 +260,11 @@ class AudioEncoderConfig(Data2Vec2EncoderConfig, SoundConfig):
         return samples
 
     def num_frames(self, num_samples: LengthT, num_convolutions: int | None = None) -> LengthT:
-        """Return the number of frames that the first ``num_convolutions`` convolutions, or all, make of a waveform.
+        """Return the number of frames that the convolutions make of a waveform.
 
-        ``num_samples``, the waveform's length, is an int, or a tensor of the lengths of several.
+        Args:
+            num_samples: Number of samples in the waveform, or a tensor of the numbers for several waveforms.
+            num_convolutions: Number of convolutions to apply; default: all.
         """
         for _, kernel, stride in self.convolutions[:num_convolutions]:
             num_samples = (num_samples - kernel) // stride + 1
@@ -275,10 +274,8 @@ class AudioEncoderConfig(Data2Vec2EncoderConfig, SoundConfig):
 def parse_convolutions(spec: str) -> list[tuple[int, int, int]]:
     """Return (channels, kernel, stride) of each convolution of ``feature_encoder_spec``.
 
-    fairseq evaluates the text as Python. Here, only lists of tuples, ``*`` and ``+`` are read.
-
     Raises:
-        ValueError: The text has another form, or a number is out of range.
+        ValueError: The text is not made of lists of tuples, ``*`` and ``+``, or a number is out of range.
     """
     layers = list[tuple[int, int, int]]()
     for text in spec.replace(" ", "").split("+"):
@@ -290,7 +287,7 @@ def parse_convolutions(spec: str) -> list[tuple[int, int, int]]:
         sizes = [int(number) for number in re.findall(r"\d+", part[1])]
         for size in sizes:
             check_whole("a size in feature_encoder_spec", size, 1, MAX_WIDTH)
-        # Not repeated more often than is too often in any case.
+        # More repetitions would exceed MAX_CONVOLUTIONS in any case.
         layers += [*zip(sizes[::3], sizes[1::3], sizes[2::3], strict=True)] * min(
             int(part[2] or 1), MAX_CONVOLUTIONS + 1
         )
@@ -299,14 +296,11 @@ def parse_convolutions(spec: str) -> list[tuple[int, int, int]]:
 
 
 class EatEncoderConfig(Data2Vec2EncoderConfig, SoundConfig):
-    """Sizes of an EAT encoder, and the mean and standard deviation that normalize its spectrograms.
-
-    The defaults are those of EAT's pre-training on AudioSet.
-    """
+    """Sizes of an EAT encoder, and the mean and standard deviation of its spectrograms."""
 
     kind: Literal["eat"] = "eat"
     target_length: int = Field(default=1024, ge=EAT_PATCH, multiple_of=EAT_PATCH)
-    """Number of frames of a spectrogram, one every 10 ms."""
+    """Number of frames in a spectrogram, one every 10 ms."""
     max_length: int = Field(default=768, ge=1, le=MAX_PATCHES)
     """Number of patches along the time axis for which the encoder has position embeddings."""
     log_mel_mean: float = -4.268
@@ -320,7 +314,7 @@ class EatEncoderConfig(Data2Vec2EncoderConfig, SoundConfig):
 
 
 class FrozenModelConfig(ImageConfig):
-    """Sizes of a teacher made from any module."""
+    """Preprocessing and sizes of a teacher that is made from a module."""
 
     image_size: ImageSize
     grid_size: Shape
@@ -341,18 +335,17 @@ class TimmConfig(ImageConfig):
     """Fields of all encoders that timm builds."""
 
     model: str
-    """``timm/NAME``, NAME as ``timm.create_model`` takes it."""
+    """``timm/NAME``, with a NAME that ``timm.create_model`` takes."""
     image_size: ImageSize
     interpolation: Literal["bicubic", "bilinear"]
     timm: str
     """Version of timm that built the encoder."""
     outputs: Tuple[float] = Field(default=(), repr=False)  # no part of the weights' hash, which is of a repr
-    """In an exported file, a few of the student's outputs for fixed images. They reveal a version of timm that builds
-    another model under the same name."""
+    """In a student's file: a few of the student's outputs for fixed images."""
 
 
 class TimmEncoderConfig(TimmConfig):
-    """Sizes of a timm ViT's encoder. TimmEncoder checks them against timm's ``model``."""
+    """Sizes of a timm ViT's encoder."""
 
     kind: Literal["timm"] = "timm"
     first_blocks: int
@@ -367,7 +360,7 @@ class TimmEncoderConfig(TimmConfig):
 
     @property
     def prenet_depth(self) -> int:
-        """:attr:`first_blocks`, under data2vec's name."""
+        """The same number as :attr:`first_blocks`."""
         return self.first_blocks
 
 
@@ -377,14 +370,14 @@ EncoderConfig = Annotated[
 
 
 class TeacherConfig(Config):
-    """Sizes of a teacher's blocks and encoder; the encoder's fields are attributes here, too."""
+    """Sizes of a teacher; the encoder's fields are attributes of this config, too."""
 
     encoder: EncoderConfig
     depth: Depth
     average_top_k_layers: int
-    """Number of the teacher's last blocks in the target: for data2vec 2.0, as in pre-training; for timm, all."""
+    """Number of the teacher's last blocks in the target."""
     final_layer_norm: bool = True
-    """True if the target ends with a LayerNorm; for audio models, fairseq's ``layer_norm_targets``."""
+    """True if the target ends with a LayerNorm."""
     normalization: ClassVar = "instance"
 
     def __getattr__(self, name: str) -> Any:
@@ -398,49 +391,46 @@ class TeacherConfig(Config):
         shape, num_blocks = getattr(self.encoder, "alibi_scale_shape", None), self.encoder.prenet_depth + self.depth
         if shape is not None and shape[0] not in (1, num_blocks):
             raise ValueError(
-                f"alibi_scale_shape must be ({num_blocks} or 1, …) for {num_blocks} blocks, got {short(shape)}"
+                f"alibi_scale_shape must begin with {num_blocks} or 1 for {num_blocks} blocks, got {short(shape)}"
             )
 
 
 _SIZES = yaml.safe_load(Path(__file__).with_name("released.yaml").read_text("utf-8"))
 RELEASED = {name: TeacherConfig(**sizes) for name, sizes in _SIZES.items()}
-"""Name → sizes of Meta's models and of EAT's; a name without a suffix is an image model."""
+"""Name → sizes of the released models of data2vec 2.0 and EAT."""
 
 
 class TargetOptions(BaseModel):
-    """Options by which a target is computed from a teacher's layers, in a YAML and in :meth:`Teacher.targets`."""
+    """Options by which a target is computed from a teacher's layers."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     source: TargetSource = "ffn"
-    """``ffn``: FFN outputs of the teacher's blocks. ``block``: the blocks' outputs (in a pre-norm ViT, the residual
-    stream)."""
+    """``ffn``: the FFN outputs of the teacher's blocks. ``block``: the outputs of the teacher's blocks."""
     average_top_k_layers: Annotated[int, Field(ge=1)] | None = None
-    """Number of the teacher's last blocks in the target; null: as in pre-training for data2vec 2.0 and EAT, all blocks
-    of other teachers."""
+    """Number of the teacher's last blocks in the target; null: for data2vec 2.0 and EAT, the number in pre-training;
+    for other teachers, all blocks after the encoder."""
     normalization: Normalization | None = None
     """Normalization of each layer in target, prediction and ``layer_mean``. ``instance``: over tokens, as in data2vec
-    2.0. ``layer``: over channels, which keeps the mean over tokens that mean pooling uses. null: ``instance``; with
-    ``student.model``, ``layer``."""
+    2.0. ``layer``: over channels. null: ``layer`` if ``student.model`` is set, else ``instance``."""
     final_layer_norm: bool | None = None
-    """End target, prediction and ``layer_mean`` with a LayerNorm. null: as in the teacher's pre-training (false for
-    data2vec 2.0's audio models, true for its image models and EAT); true for other teachers."""
+    """End target, prediction and ``layer_mean`` with a LayerNorm. null: for data2vec 2.0 and EAT, as in
+    pre-training; true for other teachers."""
     extra_tokens: ExtraTokens = "regress"
-    """Treatment of CLS and registers. ``regress``: like patches. ``drop``: leave them out of InstanceNorm's statistics
-    and the loss, and add a loss with weight 0.01 that regresses CLS to the mean target, as in data2vec 2.0's
-    pre-training."""
+    """``regress``: the student regresses CLS and registers like patches. ``drop``: InstanceNorm's statistics and the
+    loss leave out CLS and registers; a loss with weight 0.01 regresses CLS to the target's mean over tokens."""
 
     def num_dropped(self, num_extra_tokens: int) -> int:
-        """Return the number of first tokens that target and loss leave out, given the number of extra tokens."""
+        """Return the number of leading tokens that the target leaves out."""
         return num_extra_tokens if self.extra_tokens == "drop" else 0
 
 
 class TargetConfig(TargetOptions, Config):
-    """The options of one target, checked."""
+    """Options of a target, checked."""
 
 
 class BlockSizes(BaseModel):
-    """Sizes of a student's blocks, in a YAML and in a student's file."""
+    """Sizes of a student's blocks."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
@@ -449,14 +439,13 @@ class BlockSizes(BaseModel):
     mlp_ratio: PositiveFloat = 3.0
     """Ratio of the width of a block's MLP to the block's number of channels."""
     alibi: bool = True
-    """Add ALiBi, a bias by the distance between two tokens, to the attention scores, as in the thesis chapter."""
+    """Add ALiBi, a penalty proportional to the distance between two patches or frames, to the attention scores."""
     embed_dim: Width | None = None
-    """Number of channels of the blocks and of the raw embeddings, at most the encoder's; null: the encoder's. A
-    narrower student has a linear layer before its blocks and, only while it is trained, one after them."""
+    """Number of channels of the blocks, at most the encoder's number of channels; null: the encoder's number."""
 
 
 class StudentConfig(BlockSizes, Config):
-    """Sizes of a student, and how its ``layer_mean`` is computed; all other sizes are the encoder's."""
+    """Sizes of a student's blocks, and settings of the student's ``layer_mean``."""
 
     kind: Literal["blocks"] = "blocks"
     normalization: Normalization = "instance"
@@ -466,7 +455,7 @@ class StudentConfig(BlockSizes, Config):
 
 
 class TimmNetworkConfig(TimmConfig):
-    """A student that is a timm model: which one, its preprocessing, and what it regresses."""
+    """Name, preprocessing and ``layer_mean`` settings of a student that is a timm model."""
 
     kind: Literal["network"] = "network"
     normalization: Normalization = "layer"
@@ -481,7 +470,7 @@ class EmbeddingConfig(Config):
     """Description of a student's embedding, in its file."""
 
     raw: RawName  # pyright: ignore[reportInvalidTypeForm]
-    """Name of the raw embedding to which the student's embedding is equal without an alignment."""
+    """Name of the raw embedding that is the student's embedding if there is no alignment."""
     of: Annotated[str, Field(max_length=1000)]
     made_by: MadeBy
     space: Annotated[str, Field(max_length=1000)]
@@ -494,7 +483,7 @@ class StudentSizes(Config):
     student: StudentConfig
     embedding: EmbeddingConfig
     prefix: ClassVar = ""
-    """Prefix of the tensors' names in the model, which the file leaves out."""
+    """Prefix of the tensors' names in the model; names in the file lack this prefix."""
 
 
 class NetworkSizes(Config):

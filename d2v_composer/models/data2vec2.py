@@ -1,4 +1,4 @@
-"""A frozen data2vec 2.0 teacher for images or audio, or an EAT teacher.
+"""Frozen teachers: data2vec 2.0 for images and for audio, and EAT.
 
 Shapes: B inputs, T tokens, D channels.
 Source: data2vec 2.0 (Baevski et al. 2022, arXiv:2212.07525), fairseq ``data2vec2.py``.
@@ -37,7 +37,7 @@ class Data2Vec2(Transformer, Teacher):
 
     Args:
         config: Sizes.
-        provenance: Origin of the weights, stored with what is derived from them.
+        provenance: See :class:`~d2v_composer.models.teacher.Teacher`.
     """
 
     config: TeacherConfig
@@ -56,10 +56,10 @@ class Data2Vec2(Transformer, Teacher):
         return self.encoder.block_contexts(x_BTD, padding_mask, layers)
 
     def share_blocks(self, first_blocks: int) -> None:
-        """Move blocks between encoder and teacher, so that the encoder has ``first_blocks`` blocks.
+        """Move blocks between encoder and teacher, until the encoder has ``first_blocks`` blocks.
 
         Raises:
-            ValueError: ``first_blocks`` is negative, or leaves no block to the teacher.
+            ValueError: ``first_blocks`` is negative, or leaves no block after the encoder.
         """
         blocks = [*self.encoder.block_list, *self.block_list]
         check_whole("first_blocks", first_blocks, 0, len(blocks) - 1)

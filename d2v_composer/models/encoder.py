@@ -1,4 +1,4 @@
-"""Base of encoders, which turn inputs into tokens; teacher and student may share one.
+"""Base of encoders, which turn inputs into tokens.
 
 Shapes: B inputs, E extra tokens, N patches or frames, T = E + N tokens, D channels.
 """
@@ -22,11 +22,11 @@ def count_flop(model: nn.Module, compute: Callable[[], object]) -> dict[object, 
     """Count the operations of matrix products and convolutions in ``compute``, 2 per multiply-accumulate.
 
     Args:
-        model: The model, which is in eval mode meanwhile.
+        model: The model, which is in eval mode while ``compute`` runs.
         compute: Runs the model.
 
     Returns:
-        Operator of torch → number of operations. Attention's matrix products are ``aten.bmm``.
+        Operator of torch → number of operations.
     """
     was_training = model.training
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted
@@ -37,21 +37,18 @@ def count_flop(model: nn.Module, compute: Callable[[], object]) -> dict[object, 
 
 
 class Inputs(NamedTuple):
-    """A batch for an encoder: samples and, if they are padded, their lengths."""
+    """A batch for an encoder."""
 
     values: Tensor
-    """Images, (B, 3, S, S) float, already normalized; or uint8 of any size, which the encoder resizes (antialias) and
-    normalizes. Or waveforms, (B, L) float, which the encoder normalizes."""
+    """Images, (B, 3, height, width), normalized float or uint8; or waveforms of L samples, (B, L) float."""
     lengths: Tensor | None = None
     """Number of samples of each waveform in a padded batch, (B,) int64; ``None``: nothing is padded."""
     window_weights: Tensor | None = None
-    """The weight of each of W windows in the embeddings of B clips, (B, W), if ``values`` are windows, (B·W, …)."""
+    """If ``values`` are W windows of each clip, (B·W, L): the weight of each window in the clip's embedding, (B, W)."""
 
     def filled_up(self, missing: int) -> "Inputs":
-        """Append ``missing`` black images or silent clips to the batch; extend padded clips to one of a few lengths.
-
-        A compiled model needs a graph for each length; there are eight lengths from a power of two to the next.
-        """
+        """Append ``missing`` inputs of zeros to the batch, and pad clips with lengths to one of a few lengths."""
+        # A compiled model needs a graph for each length; there are eight lengths from a power of two to the next.
         values, lengths, _ = self
         size, more = values.shape[-1], 0
         if lengths is not None:
@@ -66,7 +63,7 @@ class Tokens(NamedTuple):
     x: Tensor
     """(B, T, D)"""
     padding_mask: Tensor | None = None
-    """(B, T) bool, true for tokens that are padding; ``None``: no token is."""
+    """(B, T) bool, true for padding; ``None``: no token is padding."""
     window_weights: Tensor | None = None
     """See :class:`Inputs`."""
     pooled: Tensor | None = None
@@ -74,11 +71,7 @@ class Tokens(NamedTuple):
 
 
 class Freezable(nn.Module):
-    """A module that, once :meth:`freeze` was called, stays in eval mode and gets no gradient.
-
-    Composer's ``Trainer.fit`` and ``model_eval_mode`` call ``model.train(mode=True)`` on the whole model. The call has
-    no effect on a frozen module.
-    """
+    """A module that stays in eval mode and gets no gradient after :meth:`freeze` was called."""
 
     is_frozen = False
 
@@ -93,11 +86,7 @@ class Freezable(nn.Module):
         return super().train(mode and not self.is_frozen)
 
     def cast_weights(self, dtype: torch.dtype) -> Self:
-        """Cast the weights of linear and convolution layers to autocast's dtype once, instead of in every step.
-
-        Other modules are cast if their attribute ``is_cast`` is true. Norms, positions and extra tokens keep float32,
-        in which autocast computes with them.
-        """
+        """Cast the weights of linear and convolution layers, and modules whose ``is_cast`` is true, to ``dtype``."""
         for layer in self.modules():
             if getattr(layer, "is_cast", isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d)):
                 layer.to(dtype)
@@ -105,14 +94,12 @@ class Freezable(nn.Module):
 
 
 class Encoder(Freezable):
-    """Base of encoders, which turn inputs into tokens, and apply blocks. Only the subclasses depend on the modality.
-
-    Models may share an encoder, which a training step then runs once. An encoder trains unless it is frozen.
+    """Base of encoders, which turn inputs into tokens. Models may share an encoder.
 
     Attributes:
         alibi: The module that computes ALiBi's bias for the encoder's blocks; ``None`` without ALiBi.
-        baseline: The name in tables of the embedding that :meth:`baseline_of` returns.
-        input_name: The name of the inputs in an exported program.
+        baseline: Name of the embedding that :meth:`baseline_of` returns.
+        input_name: Name of the inputs in an exported program.
     """
 
     alibi: Alibi | None
@@ -126,24 +113,23 @@ class Encoder(Freezable):
 
     @property
     def embed_dim(self) -> int:
-        """Number of channels, D."""
         return self.config.embed_dim
 
     @property
     def block_list(self) -> list[Any]:
-        """The encoder's blocks, whose class depends on the encoder; this base class has none."""
+        """The encoder's blocks."""
         return []
 
     @abstractmethod
     def prepare(self, values: Tensor) -> Tensor:
-        """Check inputs without padding, and resize and normalize them as the encoder needs.
+        """Check inputs, then resize and normalize them as the encoder requires.
 
         Raises:
             ValueError: The inputs have a shape or dtype that the encoder does not take.
         """
 
     def normalized(self, values: Tensor) -> Tensor:
-        """Return inputs as floats, which :meth:`forward` takes and Composer's MixUp can average."""
+        """Return inputs as floats that :meth:`forward` takes."""
         return values
 
     @abstractmethod
@@ -151,44 +137,38 @@ class Encoder(Freezable):
         """Return the first block's input, (B, T, D)."""
 
     def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
-        """Return the attention bias or rotary positions of each of the encoder's blocks; ``None`` if it has neither."""
+        """Return the attention bias, the rotary positions or ``None`` for each of the encoder's blocks."""
         return []
 
     @abstractmethod
     def num_tokens(self, shape: Sequence[int] | None = None) -> int:
-        """Return the number of tokens for an input of this shape.
-
-        The default is an image of the config's size, or a second of audio. EAT has as many tokens for every shape.
-        """
+        """Return the number of tokens for an input of this shape; default: an image, or a second of audio."""
 
     @abstractmethod
     def example(self, count: int) -> Tensor:
-        """Return ``count`` inputs of zeros, as :meth:`prepare` returns them."""
+        """Return ``count`` float inputs of zeros."""
 
     @abstractmethod
     def noise(self, count: int) -> Tensor:
         """Return ``count`` random inputs for :meth:`prepare`: uint8 images, or clips of five seconds."""
 
     def fixed_inputs(self, count: int) -> Tensor:
-        """Return ``count`` inputs for :meth:`prepare` that are the same on every machine.
-
-        A model's outputs for these inputs identify the model.
-        """
+        """Return ``count`` inputs for :meth:`prepare` that are the same on every machine."""
         zeros = self.example(count)
         pattern = torch.arange(zeros.numel()).mul(7919).remainder(251).view(zeros.shape)
         return pattern.to(torch.uint8) if self.config.modality == "image" else pattern / 125 - 1
 
     @abstractmethod
     def baseline_of(self, inputs: Inputs) -> Tensor:
-        """Return an embedding computed without a model, (B, channels), as a baseline for all models."""
+        """Return a baseline embedding, (B, channels), computed without a model."""
 
     @property
     def free_axes(self) -> dict[int, tuple[str, int, int]]:
-        """Index of each dimension of the inputs that an exported program leaves free → name, least and largest size."""
+        """Index of each free dimension of an exported program's inputs → name, least size, largest size."""
         return {0: ("batch", 1, 1 << 16)}
 
     def windows(self, inputs: Inputs) -> Inputs:
-        """Divide inputs that are longer than the encoder can read into windows; by default, return inputs unchanged."""
+        """Divide inputs that are too long for the encoder into windows; by default, return the inputs unchanged."""
         return inputs
 
     def padding_mask(self, lengths: Tensor | None, num_samples: int | None = None) -> Tensor | None:
@@ -196,17 +176,17 @@ class Encoder(Freezable):
 
         Args:
             lengths: Number of samples of each input, (B,) int64; ``None``: nothing is padded.
-            num_samples: Number of samples of the padded inputs; default: the largest of ``lengths``.
+            num_samples: Number of samples in each padded input; default: the largest of ``lengths``.
 
         Raises:
-            ValueError: A length is out of range, which is checked on a CPU; or inputs of this kind have no lengths.
+            ValueError: A length on a CPU is out of range, or this encoder takes no lengths.
         """
         if lengths is not None:
-            raise ValueError(f"lengths: {self.config.modality} inputs have none")
+            raise ValueError(f"lengths: expected None for {self.config.modality} inputs")
         return None
 
     def forward(self, inputs: Inputs) -> Tokens:
-        """Encode inputs, and derive the padding mask for the model's other parts.
+        """Return the tokens of inputs, with their padding mask.
 
         Raises:
             ValueError: The inputs have a shape or dtype that the encoder does not take, or are too short.
@@ -218,24 +198,25 @@ class Encoder(Freezable):
         return Tokens(x_BTD, padding_mask, inputs.window_weights)
 
     def flop(self) -> int:
-        """Return the number of operations for one input of :meth:`example`."""
+        """Return the number of operations for one input of :meth:`example`; see :func:`count_flop`."""
         return sum(count_flop(self, lambda: self(Inputs(self.example(1)))).values())
 
 
 class Data2Vec2Encoder(Encoder):
-    """Extra tokens, LayerNorm and blocks with ALiBi, which data2vec 2.0's encoders have in common.
+    """Base of the encoders of data2vec 2.0 and EAT.
 
-    A subclass adds its own layers, then calls :meth:`add_blocks`.
+    A subclass adds its layers, then calls :meth:`add_blocks`.
 
     Attributes:
-        alibi_scale: Learned factors of ALiBi's bias, (L or 1, 1, H or 1, 1, 1) for L blocks and H heads; or ``None``.
+        alibi_scale: Learned factors of ALiBi's bias, (L or 1, 1, H or 1, 1, 1) for L blocks and H heads with ALiBi; or
+            ``None``.
     """
 
     extra_tokens: nn.Parameter | None
     alibi_scale: Tensor | None
 
     def add_blocks(self) -> None:
-        """Add extra tokens, LayerNorm and blocks, in an order on which the random initial weights depend."""
+        """Add the extra tokens, the LayerNorm and the blocks."""
         config = self.config
         dim, hidden_dim = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
         self.extra_tokens = (
@@ -253,7 +234,7 @@ class Data2Vec2Encoder(Encoder):
         return list(cast("nn.ModuleList", self.context_encoder["blocks"]))
 
     def add_extra_tokens(self, x_BND: Tensor) -> Tensor:
-        """Put the extra tokens in front, and apply the LayerNorm that comes before the blocks."""
+        """Put the extra tokens in front, then apply the LayerNorm, (B, T, D)."""
         if self.extra_tokens is not None:
             x_BND = torch.cat([self.extra_tokens.expand(x_BND.shape[0], -1, -1), x_BND], dim=1)
         return self.context_encoder["norm"](x_BND)
@@ -261,9 +242,9 @@ class Data2Vec2Encoder(Encoder):
     def block_contexts(
         self, x_BTD: Tensor, padding_mask: Tensor | None = None, layers: range | None = None
     ) -> list[Tensor | None]:
-        """Return the attention bias of each block in ``layers``, by default of the encoder's.
+        """Return the attention bias, or ``None``, of each block in ``layers``; default: the encoder's blocks.
 
-        Blocks are numbered from the encoder's first one to the teacher's last one.
+        Index 0 in ``layers`` is the encoder's first block; the teacher's blocks follow the encoder's blocks.
         """
         layers = range(len(self.block_list)) if layers is None else layers
         scales = [None] if self.alibi_scale is None else self.alibi_scale

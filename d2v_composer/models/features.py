@@ -1,6 +1,6 @@
 """Features that a model computes from tokens, and their poolings.
 
-Shapes: B inputs, T tokens, D channels.
+Shapes: B inputs, T tokens, D channels, P channels of ``pooled`` or of ``joint``.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +17,7 @@ Layers = Iterable[tuple[Tensor, Tensor]]
 
 
 def mean_over_time(x_BTD: Tensor, num_extra_tokens: int = 0, padding_mask: Tensor | None = None) -> Tensor:
-    """Return the mean over tokens, (B, 1, D), without the extra tokens and those where ``padding_mask`` is true."""
+    """Return the mean over all tokens that are neither extra tokens nor padding, (B, 1, D)."""
     x_BTD = x_BTD[:, num_extra_tokens:]
     if padding_mask is None:
         return x_BTD.mean(dim=1, keepdim=True)
@@ -27,13 +27,10 @@ def mean_over_time(x_BTD: Tensor, num_extra_tokens: int = 0, padding_mask: Tenso
 
 @dataclass(eq=False)
 class Features:
-    """The results of a model's blocks. The blocks run again each time that a result is read.
-
-    A layer's memory is therefore freed as soon as the layer has been read, and nothing is computed that nobody reads.
-    """
+    """The results of a model's blocks; each access to a result calls :attr:`run`."""
 
     run: Callable[[bool], Layers]
-    """Runs the blocks, and yields each one's results; if its argument is false, the last block's output is ``None``."""
+    """Runs the blocks and yields each block's results; if the argument is false, the last output may be ``None``."""
     num_layers: int
     """Number of blocks."""
     norm: Callable[[Tensor], Tensor]
@@ -47,33 +44,33 @@ class Features:
     window_weights: Tensor | None = None
     """See :class:`~d2v_composer.models.encoder.Inputs`."""
     pooled: Tensor | None = None
-    """The model's own pooled feature, (B, P), if it takes the place of CLS."""
+    """The pooled feature, (B, P), of a model that pools its features itself."""
     joint: Callable[[Tensor], Tensor] | None = None
-    """Computes the embedding ``joint``, (B, P), from the output; ``None`` without this embedding."""
+    """Computes the embedding ``joint``, (B, P), from the output; ``None``: the model has no ``joint``."""
 
     @classmethod
     def of_layer(
         cls, x_BTD: Tensor, num_extra_tokens: int, has_cls_token: bool, pooled: Tensor | None = None
     ) -> "Features":
-        """Return the features of a model that gives only its output."""
+        """Return the features of a model whose only layer is ``x_BTD``."""
         return cls(lambda _: [(x_BTD, x_BTD)], 1, nn.Identity(), num_extra_tokens, has_cls_token, pooled=pooled)
 
     def layers(self, source: TargetSource = "ffn") -> Iterator[Tensor]:
-        """Yield each block's FFN output, (B, T, D); with the source ``block``, the block's whole output."""
+        """Yield each block's FFN output, (B, T, D), or with the source ``block`` each block's output."""
         if source == "ffn":
             return (ffn_output for _, ffn_output in self.run(False))
         return (output for output, _ in self.run(True))
 
     @property
     def output(self) -> Tensor:
-        """The model's output, (B, T, D): the last block's, after the final norm if there is one."""
+        """The last block's output after the final norm, (B, T, D)."""
         output: Any = None
         for output, _ in self.run(True):  # noqa: B007  (the last one)
             pass
         return self.norm(output)
 
     def with_output(self, read: Callable[[Iterator[Tensor]], ResultT]) -> tuple[Tensor, ResultT]:
-        """Run the blocks once; return the output, and the result of ``read`` on an iterator of the FFN outputs."""
+        """Run the blocks once; return the output, and the result of ``read``, which must read all FFN outputs."""
         output: Any = None
 
         def ffn_outputs() -> Iterator[Tensor]:
@@ -99,14 +96,14 @@ class Features:
         return replace(self, run=run, num_extra_tokens=num_kept)
 
     def for_readers(self, count: int) -> "Features":
-        """Return features for ``count`` readers; several readers share one run of the blocks, kept in memory."""
+        """Return features for ``count`` readers; for several readers, the results of the blocks are kept in memory."""
         if count == 1:
             return self
         layers = list(self.run(True))
         return replace(self, run=lambda _: layers)
 
     def poolings(self, x_BTD: Tensor, prefix: str = "") -> dict[str, Tensor]:
-        """Return ``prefix`` + name of a pooling → pooled tokens, (B, D) float32, with a clip's windows averaged."""
+        """Return ``prefix`` + pooling → pooled tokens, (B, D) float32; the windows of a clip are averaged."""
         x_BTD = x_BTD.float()
         cls_BP = x_BTD[:, 0] if self.pooled is None else self.pooled.float()
         pooled = {"cls": cls_BP} if self.has_cls_token else {}

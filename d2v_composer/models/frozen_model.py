@@ -1,6 +1,6 @@
 """Turn any module that maps images to tokens into a teacher.
 
-Shapes: B images, S pixels per side (or height and width), N tokens, D channels.
+Shapes: B images, N tokens, D channels.
 """
 
 from math import gcd
@@ -23,7 +23,7 @@ class ModuleEncoder(PixelEncoder):
     """An encoder that calls a module.
 
     Args:
-        module: Maps normalized images, (B, 3, S, S) float, to tokens, (B, N, D).
+        module: Maps normalized images, (B, 3, height, width) float, to tokens, (B, N, D).
         config: Preprocessing and sizes.
     """
 
@@ -36,15 +36,13 @@ class ModuleEncoder(PixelEncoder):
 
 
 class FrozenModel(Teacher):
-    """A teacher made from any module that maps images to tokens; its student has an encoder of its own.
-
-    The target is the module's output, normalized. The module computes in the run's precision, by autocast.
+    """A teacher made from any module that maps images to tokens.
 
     Args:
         module: Maps images, (B, 3, height, width) float and normalized, to tokens, (B, N, D): CLS, if there is one,
             then the patches, row by row.
-        source: Origin of the module's weights, which a student's files record.
-        license: License of the module's weights; ``None``: not stated.
+        source: Origin of the module's weights.
+        license: License of the module's weights, if stated.
         embedding: Name of the teacher's embedding, such as ``output_mean``; default: ``output_cls`` or, without CLS,
             ``output_mean``.
         **sizes: ``image_size``, pixels per side or (height, width); ``grid_size``, rows and columns of patches;
@@ -52,8 +50,7 @@ class FrozenModel(Teacher):
             ImageNet's.
 
     Raises:
-        ValueError: The module returns something other than such tokens, or numbers that are not finite; or a size is
-            out of range.
+        ValueError: The module's output has another shape or is not finite, or a size is out of range.
 
     Example:
         >>> class Grid(torch.nn.Module):  # patches without CLS
@@ -84,7 +81,7 @@ class FrozenModel(Teacher):
             tokens = module.eval()(torch.zeros(shape))
         found = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
         if len(found) != 3 or found[:2] != (1, config.num_tokens):
-            raise ValueError(f"the module must map {shape} to (1, {config.num_tokens}, D), got {found}")
+            raise ValueError(f"the module must map images {shape} to tokens (1, {config.num_tokens}, D), got {found}")
         config = config.changed(embed_dim=tokens.shape[2])
         super().__init__(ModuleEncoder(module, config), config)
         self.provenance = {"source": source, "license": license}
@@ -98,12 +95,12 @@ class FrozenModel(Teacher):
         return self  # foreign code may not expect cast weights
 
     def student_encoder(self) -> ImageEncoder:
-        """Build data2vec 2.0's image encoder without blocks, to be trained, for as many tokens as the teacher has."""
+        """Build a trainable image encoder without blocks, with the teacher's number of tokens."""
         shape, (rows, columns), dim = height_and_width(self.config.image_size), self.config.grid_size, self.embed_dim
         if shape[0] != shape[1] or rows != columns or shape[0] % rows:
             raise ValueError(
                 f"depth: blocks need a square grid of whole patches, got {rows} x {columns} for {shape} pixels; "
-                "student.model=timm/NAME needs no such grid"
+                "choose another grid, or a student that is a timm model, student.model=timm/NAME"
             )
         config = ImageEncoderConfig(
             embed_dim=dim,

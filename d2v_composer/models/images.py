@@ -1,6 +1,6 @@
-"""Encode images: the part that all image encoders share, and data2vec 2.0's image encoder.
+"""The base of image encoders, and data2vec 2.0's image encoder.
 
-Shapes: B images, S pixels per side (or height and width), N patches, T tokens, D channels.
+Shapes: B images, N patches, D channels.
 """
 
 import logging
@@ -20,10 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class PatchProjection(nn.Conv2d):
-    """A convolution with a stride equal to its kernel size, computed as one matrix product over patches.
-
-    On a GPU, torch.compile can thus normalize the patches and cast them to half precision in one kernel.
-    """
+    """A convolution with a stride equal to the kernel size, computed as one matrix product over patches."""
 
     def forward(self, input: Tensor) -> Tensor:
         height, width = self.kernel_size
@@ -32,11 +29,10 @@ class PatchProjection(nn.Conv2d):
 
 
 class PixelEncoder(Encoder):
-    """The part that all image encoders share: resizing, normalization and baseline.
+    """Base of image encoders.
 
     Attributes:
-        is_first: True until :meth:`prepare` has had float images of more than one value. It warns if these are not
-            normalized, and checks no later images, because the check makes a GPU wait.
+        is_first: True until :meth:`prepare` has checked whether float images are normalized.
     """
 
     image_mean: Tensor
@@ -83,13 +79,13 @@ class PixelEncoder(Encoder):
         return torch.randint(0, 256, self.example(count).shape, dtype=torch.uint8)
 
     def baseline_of(self, inputs: Inputs) -> Tensor:
-        """Return the pixels, shrunk to at most 32 per side, (B, channels): 224 per side would be 150,528 channels."""
+        """Return the normalized pixels, shrunk to at most ``SIDE_OF_PIXELS`` per side, (B, channels)."""
         size = [min(SIDE_OF_PIXELS, side) for side in height_and_width(self.config.image_size)]
         return interpolate(self.prepare(inputs.values), size, mode="area").flatten(1)
 
 
 class ImageEncoder(PixelEncoder, Data2Vec2Encoder):
-    """Patch embedding, fixed positions, extra tokens, LayerNorm, ``prenet_depth`` blocks."""
+    """Data2vec 2.0's image encoder: patch embedding, fixed positions, extra tokens, LayerNorm, blocks."""
 
     config: ImageEncoderConfig
 
@@ -108,7 +104,7 @@ class ImageEncoder(PixelEncoder, Data2Vec2Encoder):
 
 
 def resize(images: Tensor, shape: tuple[int, int], mode: str) -> Tensor:
-    """Resize uint8 images with antialiasing to (B, 3, *shape), whole numbers: uint8 on a CPU, otherwise float32."""
+    """Resize uint8 images with antialiasing, (B, 3, *shape): uint8 on a CPU, else float32 with whole numbers."""
     if images.device.type == "cpu":
         # The kernel is fastest on channels last, all that follows on contiguous images.
         return interpolate(images, shape, mode=mode, antialias=True).contiguous()
@@ -116,7 +112,7 @@ def resize(images: Tensor, shape: tuple[int, int], mode: str) -> Tensor:
 
 
 def resize_in_float(images: Tensor, shape: tuple[int, int], mode: str) -> Tensor:
-    """Resize like torch's uint8 kernel for CPUs: the width, then the height, rounded and clamped to 0–255 each time."""
+    """Resize the width, then the height, like torch's uint8 kernel for CPUs; return float32 with whole numbers."""
     pixels = images.float()
     for each_shape in ((images.shape[-2], shape[1]), shape):
         pixels = interpolate(pixels, each_shape, mode=mode, antialias=True).round().clamp(0, 255)

@@ -19,7 +19,7 @@ class Precision(NamedTuple):
     trainer: str
     """Precision of Composer's Trainer."""
     cpu_bf16: bool
-    """True if the model must autocast to bfloat16 itself, because on a CPU the Trainer does not support amp_bf16."""
+    """True if the model must autocast to bfloat16 on a CPU, in place of the Trainer."""
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
@@ -28,12 +28,16 @@ class Precision(NamedTuple):
 
 
 def is_equal_but_for_rounding(outputs: Tensor, expected: Tensor) -> bool:
-    """Return True if float32 outputs are equal to expected ones of the same shape, apart from rounding."""
+    """Return True if the outputs differ from the expected outputs by at most ``ROUNDING``, relative to the norm."""
     return bool((outputs - expected).norm() <= ROUNDING * expected.norm())  # false for NaN
 
 
 def name_precision(choice: str) -> str:
-    """Resolve ``auto``: amp_bf16 if the device has bfloat16 instructions; else amp_fp16 on a GPU, fp32 on a CPU."""
+    """Return the name of a precision, with ``auto`` replaced by this machine's choice.
+
+    On a GPU, ``auto`` is amp_bf16 if the GPU has bfloat16 instructions, else amp_fp16. On a CPU, ``auto`` is amp_bf16
+    if the CPU has AVX512-BF16 instructions, else fp32.
+    """
     if choice != "auto":
         return choice
     if torch.cuda.is_available():
@@ -48,11 +52,7 @@ def has_gpu() -> bool:
 
 
 def check_precision(choice: str) -> None:
-    """Check that this machine can compute in a precision.
-
-    Raises:
-        ValueError: The precision needs a GPU, and there is none.
-    """
+    """Raise ValueError if the precision needs a GPU and this machine has none."""
     if choice == "amp_fp16" and not has_gpu():
         raise ValueError("amp_fp16 needs a GPU, and this machine has none; on a CPU, set fp32, amp_bf16 or auto")
 
@@ -66,11 +66,7 @@ def choose_precision(choice: str) -> Precision:
 
 @contextmanager
 def precision_of(dtype: torch.dtype | None, device: str) -> Iterator[None]:
-    """Autocast to a dtype in the ``with`` block, or with ``None`` compute in float32.
-
-    TF32 is off, because it keeps only 10 of 23 mantissa bits. Composer turns it on in matrix products, torch in
-    convolutions.
-    """
+    """Autocast to a dtype, or with ``None`` not at all, in the ``with`` block; TF32 is off."""
     switches: tuple[Any, ...] = torch.backends.cuda.matmul, torch.backends.cudnn
     allowed = [switch.allow_tf32 for switch in switches]
     try:

@@ -1,4 +1,4 @@
-"""Read the provenance that models and files carry: the record of the run, or the runs, that made them."""
+"""Read the provenance of models: records of the origin of their weights."""
 
 import math
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Any
 Json = Any
 """Content of a JSON or YAML file, or a part of it."""
 Record = dict[str, Json]
-"""A record from JSON or YAML: name → value of any type, since another version or program may have written it."""
+"""A record from JSON or YAML: name → value of any type."""
 
 # Largest difference of two records of one teacher's outputs, relative to their norm. Processors differ by less than
 # 1e-5; weights converted to bfloat16 moved the outputs of tests/golden's audio teacher by 0.016.
@@ -29,7 +29,7 @@ def distillation_of(provenance: Json) -> Json:
 
 
 def has_tuned_encoder(provenance: Json) -> bool:
-    """Return True if the run that distilled a student, or a run that fine-tuned it, trained its encoder, too."""
+    """Return True if the distillation or a fine-tuning of a student trained the student's encoder."""
     before = value_at(provenance, "model.provenance")
     if before is None:
         return bool(value_at(provenance, "student.own_encoder"))
@@ -37,13 +37,13 @@ def has_tuned_encoder(provenance: Json) -> bool:
 
 
 def is_teacher_of(record: Json, own: Record) -> bool:
-    """Return True if a student's record has the hash of the teacher with this provenance, and outputs close to its."""
+    """Return True if the teacher in a student's record has the hash and nearly the outputs in ``own``."""
     sha256, outputs = (value_at(record, f"teacher.{key}") for key in ("sha256", "outputs"))
     return sha256 == own.get("sha256") and are_of_one_teacher(outputs, own.get("outputs"))
 
 
 def are_of_one_teacher(outputs: Json, expected: Json) -> bool:
-    """Return True if two records of outputs differ so little that one teacher can have computed both."""
+    """Return True if two records of outputs differ by at most ``IDENTITY_TOLERANCE``, relative to the norm."""
     with suppress(TypeError, ValueError):  # a file's record may hold anything
         return math.dist(outputs, expected) <= IDENTITY_TOLERANCE * math.hypot(*expected)
     return False

@@ -1,4 +1,4 @@
-"""The student: a few trainable blocks on an encoder, the teacher's frozen one or its own.
+"""The student: trainable blocks on an encoder.
 
 Shapes: B inputs, T tokens, D channels of the encoder, d of a narrower student.
 """
@@ -19,15 +19,12 @@ Init = Literal["random", "teacher_attention", "teacher_blocks"]
 
 
 class Student(Transformer):
-    """The student: an encoder, and blocks that train.
-
-    A student narrower than its encoder reads the tokens through a linear layer, ``input_proj``. Its attention heads are
-    at least as wide as the encoder's, unless the student has only one head.
+    """A student: trainable blocks on an encoder.
 
     Args:
-        encoder: The teacher's encoder, or the student's own.
+        encoder: The encoder, which a teacher may share.
         config: Sizes.
-        provenance: Origin of teacher and student, stored in exported files.
+        provenance: Origin of the teacher and the student.
 
     Attributes:
         input_proj: The linear layer from D to d channels; an Identity if the student is as wide as the encoder.

@@ -1,4 +1,4 @@
-"""Compute the normalized mean of layers, which is a target, a prediction, or an embedding before its pooling.
+"""Compute the normalized mean of layers, targets and raw embeddings.
 
 Shapes: B inputs, E extra tokens, N patches or frames, T = E + N time steps (tokens), D channels.
 Source: data2vec 2.0 (Baevski et al. 2022, arXiv:2212.07525), section 3; fairseq ``make_targets``.
@@ -48,12 +48,11 @@ def norm_mean(
     """Normalize each layer, average the layers, apply LayerNorm: (B, T, D) float32.
 
     Args:
-        layers: FFN outputs, (B, T, D) each, any float dtype. From a generator, only one at a time is in memory if no
-            gradient is needed.
+        layers: The layers, (B, T, D) each, of any float dtype.
         num_extra_tokens: Number of leading time steps to exclude from InstanceNorm's statistics.
-        normalization: Normalization of each layer: ``instance``, InstanceNorm over time, or ``layer``, LayerNorm.
-        final_layer_norm: Apply the last LayerNorm; data2vec 2.0's audio models do not.
-        padding_mask: (B, T), true for padding, which is excluded from the statistics, too. Results for padding are
+        normalization: Normalization of each layer: ``instance``, InstanceNorm over tokens, or ``layer``, LayerNorm.
+        final_layer_norm: Apply the LayerNorm after the average.
+        padding_mask: (B, T), true for padding, which InstanceNorm's statistics exclude. Results for padding are
             meaningless.
 
     Raises:
@@ -69,10 +68,7 @@ def norm_mean(
 
 
 def average(layers: Iterable[Tensor], final_layer_norm: bool = False) -> Tensor:
-    """Return the mean of layers, (B, T, D), to which ``final_layer_norm`` applies a LayerNorm.
-
-    If ``layers`` is a generator, only one layer at a time is in memory if no gradient is needed.
-    """
+    """Return the mean of layers, (B, T, D), after a LayerNorm if ``final_layer_norm``."""
     sum_BTD: Tensor | None = None
     num_layers = 0
     for layer_BTD in layers:
@@ -87,16 +83,12 @@ def average(layers: Iterable[Tensor], final_layer_norm: bool = False) -> Tensor:
 def instance_norm_mean(
     num_extra_tokens: int, final_layer_norm: bool, padding_mask: Tensor | None, *layers: Tensor
 ) -> Tensor:
-    """Call :class:`InstanceNormMean`, which torch.compile must not trace: it would instantiate the class and warn."""
+    """Apply :class:`InstanceNormMean`; torch.compile must not trace this function."""
     return cast("Tensor", InstanceNormMean.apply(num_extra_tokens, final_layer_norm, padding_mask, *layers))
 
 
 class InstanceNormMean(torch.autograd.Function):
-    """norm_mean with InstanceNorm, and its gradient in closed form.
-
-    Only the layers and the result are kept for the backward pass. Autograd would keep several float32 tensors for each
-    layer, and its backward pass would move almost three times the bytes.
-    """
+    """:func:`norm_mean` with InstanceNorm, with a gradient in closed form."""
 
     @staticmethod
     def forward(
@@ -129,7 +121,7 @@ class InstanceNormMean(torch.autograd.Function):
 def instance_norm_gradient(
     grad_BTD: Tensor, layer_BTD: Tensor, num_extra_tokens: int, padding_mask: Tensor | None = None
 ) -> Tensor:
-    """Return a layer's gradient, in its dtype, from the gradient of the normalized layer."""
+    """Return the gradient of a layer, in the layer's dtype, from the gradient of the normalized layer."""
     normalized_BTD, scale_B1D = instance_norm(layer_BTD, num_extra_tokens, padding_mask)
     counted: Any = layer_BTD.shape[1] - num_extra_tokens
     if padding_mask is not None:
@@ -144,7 +136,7 @@ def instance_norm_gradient(
 
 
 class LayerMean(nn.Module):
-    """norm_mean with a model's settings, for the model's ``layer_mean`` embeddings, and for targets and predictions.
+    """:func:`norm_mean` with a model's settings.
 
     Args:
         normalization, final_layer_norm: See :func:`norm_mean`.
@@ -166,7 +158,7 @@ class LayerMean(nn.Module):
         return LayerMean(normalization or self.normalization, is_final)
 
     def forward(self, layers: Iterable[Tensor], features: Features, num_dropped: int = 0) -> Tensor:
-        """Compute the mean of layers, (B, T, D) float32.
+        """Compute the normalized mean of layers, (B, T, D) float32.
 
         Padding and the first ``num_dropped`` tokens do not count in InstanceNorm's statistics.
         """
@@ -174,7 +166,7 @@ class LayerMean(nn.Module):
 
 
 def embeddings_of(features: Features, layer_mean: LayerMean) -> dict[str, Tensor]:
-    """Compute every raw embedding of a model: name → (B, D) float32, or (B, P) for ``joint``."""
+    """Compute every raw embedding of a model: name → (B, channels) float32."""
     if features.pooled is not None:
         output = features.output
         pooled = features.poolings(output, "output_")
@@ -186,10 +178,9 @@ def embeddings_of(features: Features, layer_mean: LayerMean) -> dict[str, Tensor
 
 
 def names_of(layer_mean: LayerMean, has_cls_token: bool) -> list[str]:
-    """Return the names of all poolings of a model's output and ``layer_mean``.
+    """Return the names of a model's raw embeddings of ``output`` and ``layer_mean``.
 
-    Without a final LayerNorm, the means of an instance-normalized ``layer_mean`` are left out: the mean over all tokens
-    is 0.
+    Without a final LayerNorm, an instance-normalized ``layer_mean`` has only the pooling ``cls``.
     """
     names = ["cls", "mean", "mean_patches"][not has_cls_token :]
     is_zero = layer_mean.normalization == "instance" and not layer_mean.final_layer_norm

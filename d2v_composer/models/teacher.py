@@ -21,14 +21,13 @@ from d2v_composer.models.targets import target_of
 
 
 class Teacher(Backbone, Freezable):
-    """Base of teachers, in eval mode. Call :meth:`freeze` once the parameters exist.
+    """Base of teachers. A subclass calls :meth:`freeze` once the parameters exist.
 
     Args:
-        encoder: The encoder, shared with students of blocks unless :meth:`student_encoder` builds another.
+        encoder: The encoder.
         config: The sizes.
-        provenance: Origin of the weights, stored with what is derived from them; at least ``source`` and
-            ``license``. ``embedding`` names the teacher's embedding, if it is not the default of its kind.
-            :meth:`identify` adds ``sha256`` and ``outputs``.
+        provenance: Origin of the weights: ``source``, ``license`` and, optionally, ``embedding``, the name of the
+            teacher's embedding.
     """
 
     made_by = "teacher"
@@ -37,14 +36,14 @@ class Teacher(Backbone, Freezable):
         """Make the raw embedding of this name the teacher's embedding; ``None`` changes nothing.
 
         Raises:
-            ValueError: The teacher has no such embedding.
+            ValueError: The teacher has no embedding of this name.
         """
         if name is not None and name not in self.raw_names:
             raise ValueError(f"embedding must be one of {', '.join(self.raw_names)}, got {short(name)}")
         self.raw_embedding = name or self.raw_embedding
 
     def student_encoder(self) -> Encoder:
-        """Return the encoder for a student of blocks: this teacher's, or a new encoder, which is trained.
+        """Return the encoder for a student's blocks: this teacher's encoder, or a new encoder, which is trained.
 
         Raises:
             ValueError: No encoder can be built for this teacher's grid of patches.
@@ -54,11 +53,10 @@ class Teacher(Backbone, Freezable):
     def identify(self, weights: Mapping[str, Tensor] | None = None) -> Self:
         """Record in the provenance a hash of this teacher's weights and preprocessing, and a few of its outputs.
 
-        A hash that is already there is kept: a file converted to fewer bits has the hash of the original weights.
+        A hash that the provenance already has is kept.
 
         Args:
-            weights: The weights to hash, such as those of a file, some of which timm resamples for another image size;
-                default: this model's.
+            weights: The weights to hash; default: this model's.
 
         Raises:
             ValueError: The teacher's outputs are not finite.
@@ -76,7 +74,7 @@ class Teacher(Backbone, Freezable):
         """Return the attention modules or blocks from which a student's blocks can be initialized.
 
         Raises:
-            ValueError: The teacher's blocks are of another kind than a student's.
+            ValueError: The teacher has no modules that a student's blocks can copy.
         """
         raise ValueError(f"init: {init} needs a teacher whose blocks can be copied")
 
@@ -84,22 +82,20 @@ class Teacher(Backbone, Freezable):
     def targets(
         self, x: Tensor, extra_tokens: ExtraTokens = "regress", padding_mask: Tensor | None = None, **options: Any
     ) -> Tensor:
-        """Compute the regression targets: norm_mean of the last blocks' FFN outputs.
+        """Compute the regression targets: the normalized mean of the teacher's last layers.
 
         Args:
             x: (B, T, D), from :meth:`encode`.
-            extra_tokens: ``regress`` them like patches, or ``drop`` them before InstanceNorm, as data2vec 2.0's
-                pre-training does.
+            extra_tokens: ``regress``: return targets for CLS and registers, too. ``drop``: leave CLS and registers
+                out of the targets and of InstanceNorm's statistics.
             padding_mask: (B, T), true for padding, from :meth:`padding_mask`; targets for padding are meaningless.
-            **options: Further fields of :class:`~d2v_composer.models.configs.TargetOptions`; default: as in this
-                teacher's pre-training. ``average_top_k_layers`` is then a data2vec 2.0 model's own (for images, all of
-                base's, 18 of large's 24, 24 of huge's 32), and all blocks of any other teacher.
+            **options: Further fields of :class:`~d2v_composer.models.configs.TargetOptions`.
 
         Returns:
             (B, T, D) float32; if ``extra_tokens`` are dropped, (B, N, D).
 
         Raises:
-            ValueError: An option is unknown, or the teacher has fewer blocks than asked for.
+            ValueError: An option is unknown or out of range.
 
         Example:
             >>> y = teacher.targets(teacher.encode(images))
@@ -128,23 +124,22 @@ class Teacher(Backbone, Freezable):
         """Build a trainable student: blocks on :meth:`student_encoder`, or a timm model.
 
         Args:
-            init: ``random``, or copy from the teacher's first blocks: ``teacher_attention``, or ``teacher_blocks`` if
-                the MLP ratios agree.
-            model: ``timm/NAME``, for a timm model of any architecture whose features have a grid. The whole model
-                trains; it takes images of this teacher's size, normalized as for this teacher.
+            init: ``random``, or what to copy from the teacher's first blocks: ``teacher_attention`` or
+                ``teacher_blocks``.
+            model: ``timm/NAME``, a timm model whose features have a grid and which takes the teacher's images; the
+                whole model trains. Default: blocks.
             pretrained: Start from timm's weights of ``model``.
-            freeze_copied: Freeze the attention that ``init="teacher_attention"`` copies; not with another ``init``.
+            freeze_copied: Freeze the attention that ``init="teacher_attention"`` copies.
             depth, mlp_ratio, alibi, embed_dim, normalization, final_layer_norm: Fields of
-                :class:`~d2v_composer.models.configs.StudentConfig`; default: those of the thesis chapter, and
-                ``final_layer_norm`` the teacher's.
+                :class:`~d2v_composer.models.configs.StudentConfig`; with ``model``, only the last two.
 
         Returns:
             A :class:`~d2v_composer.models.student.Student`, or with ``model`` a
             :class:`~d2v_composer.models.timm_network.TimmStudent`.
 
         Raises:
-            ValueError: A size is out of range or, for a copy, differs from the teacher's; or an option is unknown or
-                does not go with another.
+            ValueError: An option is unknown or out of range, or does not fit the teacher or another option; or timm
+                cannot build ``model``.
 
         Example:
             >>> student = teacher.build_student(depth=2, mlp_ratio=3.0)
@@ -178,7 +173,6 @@ class Teacher(Backbone, Freezable):
         return student
 
     def _initialize(self, student: Student, init: Init, freeze_copied: bool) -> None:
-        """Copy this teacher's first blocks, or their attention, into a student; see :meth:`build_student`."""
         sources, depth = self.init_sources(init), len(student.blocks)
         if depth > len(sources):
             raise ValueError(

@@ -1,7 +1,6 @@
-"""Students of any architecture: timm models whose features have a grid, without their classifiers.
+"""Students that are timm models without their classifiers.
 
-Shapes: B images, S pixels per side, N cells of the grid, T tokens (cells and prefix tokens), C channels, P channels of
-the embedding.
+Shapes: B images, N cells of a feature map, T tokens (cells and prefix tokens), C channels.
 """
 
 from typing import Any
@@ -21,7 +20,7 @@ from d2v_composer.models.provenance import Record
 from d2v_composer.system.errors import reason
 
 TimmModule = Any
-"""A module of timm's: torch's types do not tell which attributes it has."""
+"""A timm module, whose attributes torch's types do not declare."""
 
 
 def create_network(
@@ -50,9 +49,9 @@ def create_network(
 
 
 def load_pretrained(model: str) -> "TimmStudent":
-    """Load a timm model with timm's weights and preprocessing, to compare other models with it.
+    """Load a timm model with timm's weights and preprocessing.
 
-    If the model ends with a projection, such as CLIP's, the projection computes the embedding.
+    If the model ends with a projection, the projection computes the embedding.
 
     Raises:
         ValueError: timm has no such model or no weights of it, or the model's features have no grid.
@@ -81,9 +80,9 @@ def config_of(model: str) -> TimmNetworkConfig:
 
 
 def projection_width(num_classes: int | None) -> int:
-    """Return the width of a timm model's final projection; 0 if the model ends with a classifier, or with neither.
+    """Return ``num_classes`` of a timm model if it is the width of a projection, else 0.
 
-    ``num_classes`` is the width of a projection if it is a multiple of 64, which no timm classifier's number is.
+    Multiples of 64 count as widths of projections, all other numbers as numbers of classes.
     """
     return 0 if num_classes is None or num_classes % 64 else num_classes
 
@@ -96,7 +95,7 @@ def classifier_prefixes(config: TimmNetworkConfig) -> tuple[str, ...]:
 
 
 class TimmBackbone(PixelEncoder):
-    """A whole timm model as an encoder: the cells of its last feature map are the tokens.
+    """A whole timm model as an encoder; the tokens are the cells of the last feature map.
 
     Args:
         config: The model's name and preprocessing.
@@ -154,13 +153,13 @@ class TimmBackbone(PixelEncoder):
         return getattr(self.model, "output_fmt", "NCHW") == "NHWC"
 
     def cells(self, features: Tensor) -> Tensor:
-        """Return the cells of a timm model's feature map, or its tokens without prefix tokens, as (B, N, C)."""
+        """Return the cells of a feature map, or the tokens without prefix tokens, (B, N, C)."""
         if features.ndim == 3:
             return features[:, self.num_prefix_tokens :]
         return features.flatten(1, 2) if self.is_channels_last else features.flatten(2).transpose(1, 2)
 
     def timm_tensors(self, model: Any, head: nn.Module | None) -> dict[str, Tensor]:
-        """Return the state dict for a ``model`` that timm built with a classifier, whose tensors are ``head``'s."""
+        """Return the state dict of ``model``, which has a classifier, with this encoder's and ``head``'s weights."""
         tensors = model.state_dict() | self.model.state_dict()
         for prefix in classifier_prefixes(self.config):  # a convolution, or two layers
             for name, tensor in ({} if head is None else head.state_dict()).items():
@@ -179,9 +178,8 @@ class TimmBackbone(PixelEncoder):
 class TimmStudent(Backbone):
     """A student that is a timm model; the whole model is its encoder.
 
-    Its raw embeddings are made of timm's features: ``output_cls`` is ``forward_head(…, pre_logits=True)``;
-    ``output_mean`` and ``output_mean_patches`` are both the mean of the feature map. A file holds the alignment as
-    timm's classifier.
+    The raw embedding ``output_cls`` is timm's ``forward_head(…, pre_logits=True)``; ``output_mean`` and
+    ``output_mean_patches`` are both the mean of the feature map.
 
     Args:
         config, pretrained: See :class:`TimmBackbone`.
@@ -208,7 +206,7 @@ class TimmStudent(Backbone):
         return Features.of_layer(tokens.x, 0, True, pooled=tokens.pooled)
 
     def resized(self, image_size: Any) -> "TimmStudent":
-        """Return a student with these weights for images of another size; timm resizes its positions, if it has any.
+        """Return a student with the same weights for images of another size.
 
         Raises:
             ValueError: timm cannot build the model for this size.

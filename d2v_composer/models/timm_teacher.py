@@ -1,8 +1,6 @@
-"""Teachers from timm: its VisionTransformer, Eva and Beit models, their frozen encoders, and their blocks.
+"""Teachers that are timm models of the classes VisionTransformer, Eva and Beit.
 
-timm's blocks are wrapped to return their FFN outputs. Their contexts, rotary positions or BEiT's relative bias, are
-constants of a frozen model at one image size, and computed once.
-Shapes: B images, T tokens, D channels, L blocks, H heads.
+Shapes: B images, T tokens, D channels, L blocks, H heads, P channels of the embedding.
 """
 
 import copy
@@ -48,12 +46,12 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class Kind(NamedTuple):
-    """How a class of timm's blocks differs from the others."""
+    """Properties of a class of timm's blocks."""
 
     context: str = ""
-    """Name of the attention's argument that takes the context; empty if it takes none."""
+    """Name of the attention's argument for rotary positions or relative bias; '' if the attention takes neither."""
     is_post_norm: bool = False
-    """True if each branch ends with its LayerNorm, before the residual sum."""
+    """True if each branch ends with a LayerNorm, before the residual sum."""
     scale: str = "gamma_{}"
     """Name of the attribute that holds the LayerScale of branch 1 or 2: a parameter, a module, or ``None``."""
 
@@ -69,7 +67,7 @@ KINDS: dict[type[nn.Module], Kind] = {
 
 @torch.no_grad()
 def fuse_biases(attention: TimmModule) -> None:
-    """Join the biases of queries, keys and values once; timm joins them at every call."""
+    """Join the biases of queries, keys and values to one bias."""
     if getattr(attention, "q_bias", None) is not None:
         joined = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
         attention.qkv.bias = nn.Parameter(joined, requires_grad=False)
@@ -79,8 +77,7 @@ def fuse_biases(attention: TimmModule) -> None:
 class TimmBlock(FfnBlock):
     """A timm block: attention branch, then MLP branch, each added to the residual stream.
 
-    The FFN output is what the MLP branch adds, after LayerScale. The block calls timm's submodules itself, because
-    forward hooks would break torch.compile.
+    The FFN output is what the MLP branch adds to the residual stream.
 
     Args:
         block: A block of a supported kind.
@@ -105,7 +102,7 @@ class TimmBlock(FfnBlock):
         return attended_BTD + ffn_output_BTD if needs_output else None, ffn_output_BTD
 
     def scale(self, branch: int, x_BTD: Tensor) -> Tensor:
-        """Apply the LayerScale of a branch, if it has one."""
+        """Apply the LayerScale of branch 1 or 2, if the branch has a LayerScale."""
         scale = getattr(self.block, self.kind.scale.format(branch))
         if scale is None:
             return x_BTD
@@ -113,13 +110,12 @@ class TimmBlock(FfnBlock):
 
 
 class FixedContexts(nn.Module):
-    """The rotary positions or attention biases of blocks, in a buffer that is stored in exported files.
+    """The rotary positions or attention biases of blocks.
 
     Args:
-        table: One entry for all blocks, (1, …), or one for each, (L, …); ``None`` if the blocks have neither.
+        table: Positions or biases, (L, …), or (1, …) for all blocks; ``None`` if the blocks have neither.
         num_blocks: Number of blocks, L.
-        is_cast: True for attention biases, which are cast to the attention's dtype, and whose rows are padded as the
-            attention kernels require.
+        is_cast: True if the table holds attention biases with padded rows.
     """
 
     table: Tensor | None
@@ -137,7 +133,7 @@ class FixedContexts(nn.Module):
         return FixedContexts(table, stop - start, self.is_cast)
 
     def forward(self, x_BTD: Tensor) -> list[Tensor | None]:
-        """Return each block's rotary positions or attention bias for an input; ``None`` if it has neither."""
+        """Return the rotary positions, the attention bias or ``None`` for each block."""
         table = self.table
         if table is None:
             return [None] * self.num_blocks
@@ -164,7 +160,7 @@ def take_contexts(model: TimmModule) -> FixedContexts:
 def take_relative_bias(model: TimmModule) -> Tensor | None:
     """Remove the relative biases from a BEiT model, and return them, (L or 1, 1, H, T, padded T), or ``None``.
 
-    A bias that all blocks share is added to each block's own.
+    A bias that all blocks share is added to each block's bias.
     """
     attentions = [block.attn for block in model.blocks if block.attn.relative_position_bias_table is not None]
     biases = [gather(attention) for attention in attentions]
@@ -183,7 +179,7 @@ def gather(part: TimmModule) -> Tensor:
 
 
 def build_timm_model(model: str, image_size: ImageSize | str | None = None, num_outputs: int = 0) -> nn.Module:
-    """Build a timm model on the meta device, without a classifier; :func:`materialize` gives it memory.
+    """Build a timm model on the meta device, without a classifier.
 
     Args:
         model: ``timm/NAME``.
@@ -220,7 +216,7 @@ def build_timm_model(model: str, image_size: ImageSize | str | None = None, num_
 
 
 def create_on_meta(name: str, **options: Any) -> TimmModule:
-    """Build a timm model on the meta device, so that it has no memory for weights.
+    """Build a timm model on the meta device.
 
     Raises:
         ValueError: The name's tag is unknown, or an option does not fit the model.
@@ -238,10 +234,10 @@ def teacher_config(model: str, built: TimmModule, first_blocks: int | None = Non
     Args:
         model: ``timm/NAME``.
         built: The model, built by timm.
-        first_blocks: Number of blocks in the encoder; default: a sixth of all, rounded, as in data2vec 2.0 base.
+        first_blocks: Number of blocks in the encoder; default: a sixth of all blocks, rounded.
 
     Raises:
-        ValueError: ``first_blocks`` is negative, or leaves no block to the teacher.
+        ValueError: ``first_blocks`` is negative, or leaves no block after the encoder.
     """
     num_blocks = len(built.blocks)
     first_blocks = round(num_blocks / 6) if first_blocks is None else first_blocks
@@ -278,7 +274,7 @@ class TimmParts(NamedTuple):
 
     @classmethod
     def of(cls, model: TimmModule) -> "TimmParts":
-        """Take a model apart, in place; timm's own code still computes everything before the blocks."""
+        """Take a model apart, in place."""
         contexts = take_contexts(model)
         blocks, norm = [TimmBlock(block) for block in model.blocks], model.norm
         model.blocks = nn.Sequential()
@@ -288,7 +284,7 @@ class TimmParts(NamedTuple):
 
 
 def materialize(module: ModuleT) -> ModuleT:
-    """Allocate memory for a meta module, unless meta is the default device; its parameters get no values."""
+    """Allocate memory for a meta module, without values, unless meta is the default device."""
     device = torch.get_default_device()
     if device.type != "meta":
         module.to_empty(device=device)
@@ -298,7 +294,7 @@ def materialize(module: ModuleT) -> ModuleT:
 
 
 class TimmHead(Freezable):
-    """The layers of a timm model after its final norm, in timm's code: CLIP's pooling and projection, SigLIP's pooling.
+    """The layers of a timm model after its final norm, which compute the embedding ``joint``.
 
     Args:
         model: The model, before it is taken apart.
@@ -363,8 +359,8 @@ class TimmTeacher(Transformer, Teacher):
     Args:
         model: A timm model with its weights; it is taken apart.
         config: Sizes of the model.
-        provenance: Origin of the weights, stored with what is derived from them.
-        has_head: True if the model's head has weights, too, and computes the embedding ``joint``.
+        provenance: See :class:`~d2v_composer.models.teacher.Teacher`.
+        has_head: True if the model's head has weights and computes the embedding ``joint``.
     """
 
     config: TeacherConfig
@@ -408,7 +404,7 @@ class TimmTeacher(Transformer, Teacher):
             )
         if self.contexts.table is not None:
             raise ValueError(
-                f"init teacher_attention needs an attention without rotary positions or relative bias, but {name} has "
-                "one of these"
+                f"init teacher_attention needs an attention without rotary positions and relative bias, unlike that of {name}; "
+                "use init random"
             )
         return [block.attn for block in blocks]

@@ -197,7 +197,7 @@ def renamed(checkpoint: Checkpoint, old: str, new: str) -> None:
 
 # What is changed in a checkpoint with ALiBi → the reason.
 REFUSED: dict[str, Callable[[Checkpoint], Any]] = {
-    r"alibi_scale_shape must be .*, got \(4, 1, 12, 1, 1\)$": lambda checkpoint: rescaled(checkpoint, 4, 1, 12, 1, 1),
+    r"alibi_scale_shape must begin.*, got \(4, 1, 12, 1, 1\)$": lambda checkpoint: rescaled(checkpoint, 4, 1, 12, 1, 1),
     r"alibi_scale_shape must be .*, got \(5, 1, 11, 1, 1\)$": lambda checkpoint: rescaled(checkpoint, 5, 1, 11, 1, 1),
     r"alibi_scale_shape must be .*, got \(5, 12\)$": lambda checkpoint: rescaled(checkpoint, 5, 12),
     re.escape(SCALE): lambda checkpoint: checkpoint["model"].pop(SCALE),

@@ -68,7 +68,7 @@ def test_what_no_map_follows_from_has_no_r2() -> None:
 def test_pairs_that_give_no_map_are_refused(fault: str) -> None:
     inputs, targets = related(19 if fault == "too few" else 100)
     targets[3, 2] = torch.inf if fault == "not finite" else 0
-    with pytest.raises(ValueError, match=r"^expected at least 20 pairs, all of finite embeddings; got (19|100) pairs$"):
+    with pytest.raises(ValueError, match=r"^expected at least 20 pairs, with finite embeddings; got (19|100) pairs$"):
         fitted(inputs, targets)
 
 

@@ -116,7 +116,7 @@ def test_wrong_waveforms_and_lengths(teacher: Any) -> None:
             teacher.encode(torch.zeros(2, 800), torch.tensor(lengths))
     images = load_teacher(GOLDEN / "tiny_base.pt")
     assert images.padding_mask(None) is None
-    with pytest.raises(ValueError, match="lengths: image inputs have none"):
+    with pytest.raises(ValueError, match="lengths: expected None for image inputs"):
         images.padding_mask(torch.tensor([32]))
     assert not teacher.encode(torch.full((1, 800), 0.5)).isnan().any()  # a constant clip
 
