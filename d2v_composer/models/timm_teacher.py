@@ -404,7 +404,7 @@ class TimmTeacher(Transformer, Teacher):
             )
         if self.contexts.table is not None:
             raise ValueError(
-                f"init teacher_attention needs an attention without rotary positions and relative bias, unlike that of {name}; "
+                f"init teacher_attention cannot copy the attention of {name}, which has rotary positions or a relative bias; "
                 "use init random"
             )
         return [block.attn for block in blocks]
