@@ -404,7 +404,7 @@ class TimmTeacher(Transformer, Teacher):
             )
         if self.contexts.table is not None:
             raise ValueError(
-                f"init teacher_attention cannot copy the attention of {name}, which has rotary positions or a relative bias; "
-                "use init random"
+                f"init teacher_attention needs an attention without rotary positions or relative bias, but {name} has "
+                "one of these"
             )
         return [block.attn for block in blocks]
