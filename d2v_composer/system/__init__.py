@@ -1,1 +1,1 @@
-"""Use the machine: files, locks, stores, processes and nodes. Nothing here depends on models or training."""
+"""Use the machine: files, locks, stores, processes and nodes."""

@@ -1,4 +1,4 @@
-"""Parse addresses of files: a local path, https://…, or SCHEME://BUCKET/KEY in an object store."""
+"""Parse and check addresses of files, local or remote, and hide secrets in texts."""
 
 import os
 import re
@@ -57,7 +57,7 @@ class Address(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Parse an address; a local path may contain any character.
+        """Parse an address.
 
         Raises:
             ValueError: A store's address is malformed.
@@ -82,7 +82,7 @@ class Address(NamedTuple):
 
 
 class RunFolder(NamedTuple):
-    """A run's local folder and, if its files go to a store, the folder there."""
+    """A run's local folder and, if the run's files are uploaded, the folder in the store."""
 
     local: Path
     address: str | None = None
@@ -90,12 +90,12 @@ class RunFolder(NamedTuple):
 
     @classmethod
     def parse(cls, text: str, run_name: str = "run") -> Self:
-        """Parse a ``save_folder``, in which ``{run_name}`` is Composer's placeholder.
+        """Parse a ``save_folder``, in which ``{run_name}`` stands for ``run_name``.
 
-        If it is an address in a store, the key is also the path of the local folder.
+        The key of a store's address is also the path of the local folder.
 
         Raises:
-            ValueError: The text is malformed, empty or a root, or Composer would save elsewhere.
+            ValueError: The text is malformed, empty or a root, or its path fails :func:`check_path`.
         """
         text = text.replace("{run_name}", run_name)
         address = Address.parse(text)
@@ -110,7 +110,7 @@ class RunFolder(NamedTuple):
 
 
 def place_to_write(text: str | Path) -> str:
-    """Return the absolute path of what a command writes; in a store, the address without a slash at its end.
+    """Return the absolute path of what a command writes, or its address in a store without a trailing slash.
 
     Raises:
         ValueError: The text is empty, a malformed address, or the root of a file system or of a store.
@@ -123,7 +123,7 @@ def place_to_write(text: str | Path) -> str:
 
 
 def check_run_name(name: str) -> None:
-    """Check that a run's name works as a folder name, locally and in every store.
+    """Check that a run's name can be the name of a folder.
 
     Raises:
         ValueError: The name is '.' or '..', or has a '/' or other characters that are not allowed.
@@ -134,10 +134,10 @@ def check_run_name(name: str) -> None:
 
 
 def check_path(path: str) -> None:
-    """Check that Composer uses a local path exactly as written.
+    """Check that a path has only characters that Composer uses as written.
 
     Raises:
-        ValueError: Composer would use another path.
+        ValueError: The path has another character, an outer space or a leading //.
     """
     if not CHARACTERS.fullmatch(path) or path != path.strip() or path.startswith("//"):
         hint = "; {run_name} in save_folder is the only placeholder" if "{" in path else ""
@@ -145,10 +145,9 @@ def check_path(path: str) -> None:
 
 
 def canonical_address(address: str) -> str:
-    """Return an address without login, signature and fragment: an address with another signature means the same file.
+    """Return an address without login, signature and fragment.
 
-    Other query parameters stay, since they may identify the file. The result may still hold a token: hash it, and do
-    not show it.
+    The result may still hold a token: hash the result, and do not show it.
     """
     return _rewrite(address, lambda name: not SIGNATURE.fullmatch(name))
 
@@ -160,7 +159,7 @@ def file_name(address: str | Path) -> str:
 
 
 def hide_secrets(value: Any) -> Any:
-    """Hide passwords, signatures and possible tokens in a text, or in every text of a JSON value."""
+    """Return a JSON value in whose texts passwords, signatures and possible tokens are hidden."""
     if isinstance(value, str):
         return NAMED.sub(rf"\1{HIDDEN}", _rewrite(value, lambda name: HARMLESS.fullmatch(name) is not None))
     if isinstance(value, Mapping):
@@ -169,7 +168,7 @@ def hide_secrets(value: Any) -> Any:
 
 
 def _rewrite(text: str, keeps: Callable[[str], bool]) -> str:
-    """Remove logins, fragments, and all query parameters except the ones that ``keeps`` accepts, from addresses."""
+    """Remove logins, fragments, and query parameters that ``keeps`` does not accept from the addresses in a text."""
 
     def shorten(match: re.Match[str]) -> str:
         pairs = [(name, value) for name, value in parse_qsl(match[2] or "", keep_blank_values=True) if keeps(name)]

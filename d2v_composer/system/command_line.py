@@ -1,8 +1,4 @@
-"""Run a command, print each error that a user can mend in one line, and print the next steps.
-
-The exit status is 0 after success; 2, with a line for each bad input; 1, with a line for a foreseen failure or a
-traceback for any other error; and 130 or 143 after SIGINT or SIGTERM.
-"""
+"""Run a command, print each error that a user can mend in one line, and print the next steps."""
 
 import gc
 import os
@@ -69,7 +65,7 @@ def explain(error: BaseException) -> tuple[int | None, list[str]]:
 
 
 def _prepare() -> None:
-    """Prepare streams and signals, and hide other packages' warnings that no user can act on, in children, too."""
+    """Prepare streams and signals, and hide warnings of other packages that no user can act on."""
     processes.prepare_streams()
     # multiprocessing (Python 3.10 to 3.12): its resource tracker removes what a process that ended without clean-up
     # left in shared memory, and counts it. The tracker takes over this process's options.
@@ -89,7 +85,7 @@ def begin(text: str | None) -> None:
 
 
 def show_help(argv: Sequence[str], text: str | None) -> None:
-    """Print ``text`` and exit if ``--help`` is given, for a command that has no parser of its own."""
+    """Print ``text`` and exit if ``argv`` has ``-h`` or ``--help``."""
     if HELP & {*argv}:
         print(text)
         sys.exit(0)
@@ -102,12 +98,12 @@ def print_next(*steps: str) -> None:
 
 
 def print_skipped(reasons: Sequence[str]) -> None:
-    """Print how many samples were skipped, and the reason for each."""
+    """Print how many samples were skipped as unreadable, and the reason for each."""
     print("\n  ".join([f"skipped as unreadable: {len(reasons) or 'none'}", *reasons]))
 
 
 def training(yaml: str, *changes: str) -> tuple[str, str]:
-    """Return two command lines that need no clone: the first writes ``yaml``, the second trains with it and changes."""
+    """Return two command lines: the first writes the package's ``yaml`` to a file, the second trains with the file."""
     return f"{d2v('init', yaml)} > {yaml}.yaml", d2v("train", f"{yaml}.yaml", *changes)
 
 
@@ -123,7 +119,7 @@ def reading_of(out: str) -> str:
 
 
 def d2v(*arguments: str | Path) -> str:
-    """Return a d2v command line that works in the current folder, even if the environment is not activated."""
+    """Return a command line of d2v that can be run in the current folder."""
     script = Path(sys.executable).with_name("d2v")
     # Without a script beside it, as pip's --user and Windows have it, d2v is on the PATH.
     is_on_path = shutil.which("d2v") == str(script) or not script.exists()

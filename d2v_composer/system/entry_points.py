@@ -6,10 +6,10 @@ from d2v_composer.system.errors import InputError
 
 
 def find_entry_point(group: str, name: str) -> EntryPoint | None:
-    """Return the entry point ``name`` of a group that an installed package offers; ``None`` if no package offers it.
+    """Return the entry point ``name`` of a group; ``None`` if no installed package has this entry point.
 
     Raises:
-        InputError: Several packages offer it. Which of them Python finds first depends on the order of ``sys.path``.
+        InputError: Several packages have this entry point.
     """
     entries = [*entry_points(group=group, name=name)]
     if len(entries) > 1:

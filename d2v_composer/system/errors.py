@@ -1,4 +1,4 @@
-"""Exceptions that a command shows as one line each, and conversions of other exceptions to them."""
+"""Exceptions that a command prints without a traceback, and conversions of other exceptions to them."""
 
 import errno
 from collections.abc import Iterator
@@ -19,17 +19,17 @@ EXTRAS = {
 
 
 class _ShownError(Exception):
-    """An error whose lines are shown and recorded; secrets in them are hidden."""
+    """An error in whose lines secrets are hidden."""
 
     def __init__(self, *lines: object) -> None:
         super().__init__(*map(hide_secrets, lines))
 
 
 class InputError(_ShownError, ValueError):
-    """Bad input: a file, setting or data set, or several of them. A command prints the lines and exits with status 2.
+    """Bad input, such as a file or a setting; a command prints the lines and exits with status 2.
 
     Args:
-        args: One line per problem, each of which names the bad input and what is allowed.
+        args: One line for each problem.
     """
 
     def __str__(self) -> str:
@@ -37,11 +37,11 @@ class InputError(_ShownError, ValueError):
 
 
 class UnreadableSampleError(InputError):
-    """A sample is missing, corrupt or not of a supported format; other samples may be readable."""
+    """A sample is missing, corrupt or not of a supported format."""
 
 
 class RunError(_ShownError, RuntimeError):
-    """A foreseen failure while running, such as a full disk. A command prints the line and exits with status 1."""
+    """A foreseen failure while running, such as a full disk; a command prints the line and exits with status 1."""
 
 
 class ShardError(RunError):
@@ -49,7 +49,7 @@ class ShardError(RunError):
 
 
 def reason(error: BaseException) -> str:
-    """Return an error's first line, without secrets; for a missing package, also how to install it."""
+    """Return an error's first line without secrets; for a missing package, also the extra that installs the package."""
     if (extra := find_extra(error)) is not None:
         return f"{error}: pip install 'd2v-composer[{extra}]'"
     lines = str(error).strip().splitlines()
@@ -62,7 +62,7 @@ def find_extra(error: BaseException) -> str | None:
 
 
 def find_full_disk(error: BaseException | None) -> OSError | None:
-    """Return the full-disk or quota error behind an error, if any: torch's archive writer raises its own error."""
+    """Return the full-disk or quota error among an error and its causes; ``None`` if there is none."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in FULL:
             return error
@@ -72,10 +72,10 @@ def find_full_disk(error: BaseException | None) -> OSError | None:
 
 @contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Convert any exception to one line with the path of the file or folder that the ``with`` block reads.
+    """Convert an error of the ``with`` block, which reads ``path``, to an InputError that names ``path``.
 
     Raises:
-        InputError: The block raised an exception. An InputError or RunError passes unchanged.
+        InputError: The block raised any exception but a RunError; an InputError passes unchanged.
     """
     try:
         yield
@@ -88,10 +88,10 @@ def reading(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Convert an OSError, or an error behind which is a full disk, to one line with the path that a block writes.
+    """Convert an OSError of the ``with`` block, which writes ``path``, to a RunError that names ``path``.
 
     Raises:
-        RunError: The ``with`` block raised such an error. Other errors pass unchanged.
+        RunError: The block raised an OSError, or an error that a full disk caused.
     """
     try:
         yield
@@ -104,7 +104,7 @@ def writing(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def errors_of(key: str, kind: type[Exception] = Exception) -> Iterator[None]:
-    """Convert an error raised in the ``with`` block to one line that names a config key.
+    """Convert an error of the ``with`` block to an InputError that names ``key``, a config key or a file.
 
     Raises:
         InputError: The block raised an error of the class ``kind``.

@@ -1,7 +1,4 @@
-"""Write local files atomically, so that readers and restarts find them complete or not at all, and lock them.
-
-Files get their final names in :func:`move`; only a cached shard, which may be lost with the power, does not.
-"""
+"""Write local files atomically, and lock files."""
 
 import errno
 import hashlib
@@ -37,17 +34,17 @@ KindT = TypeVar("KindT")
 log = logging.getLogger(__name__)
 
 _free: set[Path] = set()
-"""Paths at which a command found no file; a file that was created there since is not replaced."""
+"""Paths at which :func:`check_out_file` found no file, and where :func:`move` must not replace a file."""
 
 
 def check_out_file(path: Path, *, overwrite: bool = True) -> None:
-    """Check, before the work starts, that a file can be written; its folder need not exist.
+    """Check that a file can be written; its folder need not exist.
 
-    Without ``overwrite``, :func:`move` also refuses to replace a file that was created since this check.
+    Without ``overwrite``, :func:`move` also refuses to replace a file that was created after this check.
 
     Raises:
-        InputError: The path is a folder or an object store's address, its folder is not writable, or a file exists
-            there and ``overwrite`` is false.
+        InputError: The path is a folder or an object store's address, the folder is not writable, or the file exists
+            and ``overwrite`` is false.
     """
     if re.match(r"\w\w+:/", path.as_posix()):  # not C:/
         raise InputError(f"{path}: expected a local file, not one in an object store")
@@ -82,17 +79,14 @@ def flush(path: Path) -> None:
 
 
 def move(partial: Path, path: Path) -> None:
-    """Rename a complete file to its final path, and replace an old file there.
-
-    When this returns, the file survives a loss of power. If the power fails earlier, ``path`` is as it was before, or
-    is the whole new file.
+    """Rename a complete file to its final path, where the file replaces an old file and survives a loss of power.
 
     Args:
         partial: The file, in a folder on the same disk.
-        path: Its final path.
+        path: The final path.
 
     Raises:
-        InputError: :func:`check_out_file`, without ``overwrite``, found no file there, and now there is one.
+        InputError: :func:`check_out_file`, without ``overwrite``, found no file at ``path``, and now there is a file.
     """
     flush(partial)  # or the name might reach the disk before the content
     if path in _free:
@@ -103,16 +97,16 @@ def move(partial: Path, path: Path) -> None:
 
 
 def check_owned(folder: Path | str, names: Iterable[str], mark: str, key: str) -> None:
-    """Check that a folder, local or in a store, is missing, empty, or one that d2v wrote, which has the file ``mark``.
+    """Check that a folder, local or in a store, holds no foreign files.
 
     Args:
         folder: The folder's path or address.
         names: The names or paths in the folder.
-        mark: The name of a file that only d2v writes there.
+        mark: Name of a file that only d2v writes there.
         key: The setting that chooses the folder, for the error.
 
     Raises:
-        InputError: The folder has files but no ``mark``; d2v's files must not be mixed with them.
+        InputError: The folder has files other than a preflight's, but not the file ``mark``.
     """
     inside = {name.partition("/")[0] for name in names}
     if mark not in inside and (foreign := sorted(inside - {PREFLIGHT})):
@@ -121,14 +115,13 @@ def check_owned(folder: Path | str, names: Iterable[str], mark: str, key: str) -
 
 @contextmanager
 def partial_file(path: Path, *, sync: bool = True) -> Iterator[Path]:
-    """Yield a temporary path to write or download to, and rename it to ``path`` when the ``with`` block ends.
+    """Yield the path of a temporary file to write, which is renamed to ``path`` when the ``with`` block ends.
 
-    Check the content at the end of the block: after an error the temporary file is removed, and ``path`` is as before.
-    Several processes and nodes may write the same path at the same time; the last one wins.
+    After an error, the temporary file is removed, and ``path`` is as before.
 
     Args:
         path: The final path. Missing folders are made.
-        sync: Make the file survive a loss of power, as :func:`move` does. If false, a loss of power may damage it.
+        sync: Let the file survive a loss of power; see :func:`move`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.randbits(32)}.partial")
@@ -144,7 +137,7 @@ def partial_file(path: Path, *, sync: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def out_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path like :func:`partial_file`, for a command's result, which gets a new file's permissions.
+    """Yield a temporary path as :func:`partial_file` does; the final file has the permissions of a new file.
 
     Raises:
         RunError: The disk is full or fails.
@@ -160,7 +153,7 @@ def write_atomically(path: Path, contents: str | bytes) -> None:
     """Write a complete file, or leave ``path`` as it was.
 
     Raises:
-        RunError: The file cannot be written: the disk is full or fails, or the folder is read-only.
+        RunError: The file cannot be written.
     """
     with writing(path), partial_file(path) as partial:
         # A file's name may be no UTF-8.
@@ -168,7 +161,7 @@ def write_atomically(path: Path, contents: str | bytes) -> None:
 
 
 def find_partials(paths: Collection[Path]) -> Iterator[Path]:
-    """Yield the temporary files that killed processes left next to these paths, and no other files."""
+    """Yield the temporary files of :func:`partial_file` that lie next to these paths."""
     for folder in {path.parent for path in paths}:
         for partial in folder.glob("*.partial*"):
             name = PARTIAL.sub("", partial.name)
@@ -179,14 +172,15 @@ def find_partials(paths: Collection[Path]) -> Iterator[Path]:
 def acquire(path: Path, wait: float = 0) -> FileLock | None:
     """Lock a file until the lock is released, or this process ends.
 
-    On a file system without locks this succeeds, with a warning: two runs may then use the same files.
+    On a file system without locks, a warning is logged, and the lock has no effect.
 
     Args:
-        path: The file; created, with its folders, if missing, and perhaps emptied. Only the holder may remove it.
+        path: The file, which is created if missing, and may be emptied.
         wait: Maximum time to wait for another holder, in seconds.
 
     Returns:
-        The lock; ``None`` if it is held elsewhere, even in this process, or if its holder removed the folder meanwhile.
+        The lock; ``None`` if the file is locked elsewhere, even in this process, or if its folder was removed
+        meanwhile.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Any thread may release it. A lock that is the file's existence, filelock's fallback, would outlive a killed run.
@@ -203,12 +197,12 @@ def acquire(path: Path, wait: float = 0) -> FileLock | None:
 
 
 def missing_parts(path: Path) -> list[Path]:
-    """Return a path and the folders above it without those that exist, from the path upwards."""
+    """Return those of a path and its parent folders that do not exist, from the path upwards."""
     return [part for part in (path, *path.parents) if not part.exists()]
 
 
 def release(lock: FileLock, made: Sequence[Path]) -> None:
-    """Unlock a file; first remove the file and folders in ``made``, unless something else was added to them."""
+    """Remove the file and the folders in ``made`` if nothing was added to them, then unlock the file."""
     with suppress(OSError):
         if made and [*made[0].parent.iterdir()] == [made[0]]:
             made[0].unlink()
@@ -219,7 +213,7 @@ def release(lock: FileLock, made: Sequence[Path]) -> None:
 
 @contextmanager
 def sole_user(path: Path, wait: float = 0) -> Iterator[bool]:
-    """Lock a file as with :func:`acquire` until the ``with`` block ends; yield ``False`` if it is locked elsewhere."""
+    """Hold the lock of :func:`acquire` during the ``with`` block; yield ``False`` if the lock cannot be had."""
     new_folders, lock = missing_parts(path), acquire(path, wait)
     try:
         yield lock is not None
@@ -229,9 +223,10 @@ def sole_user(path: Path, wait: float = 0) -> Iterator[bool]:
 
 
 def shorten_socket_paths() -> None:
-    """Let multiprocessing create its sockets in /tmp if TMPDIR's path is too long, so that a DataLoader cannot hang."""
+    """Let multiprocessing create its sockets in /tmp if the path of the temporary folder is too long for a socket."""
     with reading("TMPDIR"):  # a full or read-only disk
         long = tempfile.gettempdir()
+    # With a path that is too long, a DataLoader would hang.
     if len(long) > LONGEST_SOCKET_FOLDER and os.name == "posix":
         tempfile.tempdir = "/tmp"
         multiprocessing.util.get_temp_dir()  # made now, used by this process and its children, removed at exit

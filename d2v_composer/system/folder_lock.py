@@ -1,4 +1,4 @@
-"""Lock a run's folder, so that one run at a time uses it."""
+"""Lock a run's folder against other runs on this machine."""
 
 import os
 import platform
@@ -14,16 +14,15 @@ LOCK_WAIT_SECONDS = 10.0
 
 
 class FolderLock:
-    """Keep other runs on this machine out of a run's folder: two runs would resume from each other's checkpoints.
-
-    If the lock made the folder and nothing else was written there, the folder is removed on release.
+    """A lock that keeps other runs on this machine out of a run's folder.
 
     Args:
-        folder: The run's folder. Its file :data:`MARK` has the address to which the run's files are copied, if any.
+        folder: The run's folder; if the lock creates the folder and nothing else is written there, releasing removes
+            it.
 
     Raises:
-        InputError: Another run uses the folder, or the folder holds other files, such as those of a run that copies to
-            another address, or cannot be written.
+        InputError: Another run uses the folder, the folder holds foreign files or those of a run with another address,
+            or the folder cannot be written.
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -51,11 +50,11 @@ class FolderLock:
         self.mark((folder.address or "") if new_folders else other)
 
     def mark(self, address: str) -> None:
-        """Write to the lock file the address to which the run's files are copied, if any, and this process's ID."""
+        """Write the address of the run's folder in a store, or '', and this process's ID to the lock file."""
         self.path.write_text(f"{address}\nprocess {os.getpid()} of {platform.node()}\n")
 
     def is_removed(self) -> bool:
-        """Return True if the folder or its lock was removed, even if the path now names a new file."""
+        """Return True if the lock file was removed or replaced."""
         try:
             return not os.path.samestat(os.stat(self.path), self.status)
         except FileNotFoundError:

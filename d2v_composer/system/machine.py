@@ -1,9 +1,4 @@
-"""Describe the machine, and share its cores. Importing this module sets environment variables: do so before torch.
-
-torch computes on the CPU with a pool of OpenMP threads (libgomp). By default each process has as many threads as there
-are cores, and a thread that waits for the others spins for milliseconds. That is fastest for a process alone on its
-machine; but two such processes on two cores take each other's time slices, and fall to a few percent of their speed.
-"""
+"""Describe the machine, and share its cores; import this module before torch, as it sets environment variables."""
 
 import os
 import platform
@@ -14,6 +9,10 @@ from pathlib import Path
 
 from d2v_composer.system.processes import local_ranks
 
+# torch computes on the CPU with a pool of OpenMP threads (libgomp). By default each process has as many threads as
+# there are cores, and a thread that waits for the others spins for milliseconds. That is fastest for a process alone on
+# its machine; but two such processes on two cores take each other's time slices, and fall to a few percent of their
+# speed.
 # About 10 microseconds: long enough for the gaps between a training step's operations, too short to waste a time slice.
 SPIN_COUNT = 1000
 OUR_PACKAGES = ("d2v-composer", "torch", "torchvision", "mosaicml", "mosaicml-streaming", "timm", "omegaconf")
@@ -27,12 +26,12 @@ def available_cores() -> int:
 
 
 def share_cores() -> None:
-    """Divide the cores among the ranks of this machine, and put waiting threads to sleep early.
+    """Set environment variables that divide this machine's cores among its ranks, and let waiting threads sleep early.
 
-    The ranks also share the workers of torch.compile, of which each rank would start up to 32. Variables that the user
-    has set (``OMP_NUM_THREADS``, ``OMP_WAIT_POLICY``, ``GOMP_SPINCOUNT``, ``TORCHINDUCTOR_COMPILE_THREADS``) are kept.
+    Variables that are already set are kept.
     """
     if local_ranks() > 1:
+        # By default, each rank starts up to 32 workers of torch.compile.
         share = max(1, available_cores() // local_ranks())
         os.environ.setdefault("OMP_NUM_THREADS", str(share))
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(share, 32)))
@@ -41,7 +40,7 @@ def share_cores() -> None:
 
 
 def describe_machine() -> dict[str, str | int]:
-    """Return the processor, GPU ('' for none), cores available to this process, memory in GiB and operating system."""
+    """Return the processor, GPU ('' for none), number of cores, memory in GiB and operating system."""
     import psutil
     import torch  # reads what share_cores sets
 
@@ -58,7 +57,7 @@ def describe_machine() -> dict[str, str | int]:
 
 
 def package_versions(*names: str) -> dict[str, str | None]:
-    """Return name → version of Python, :data:`OUR_PACKAGES` and other ``names``; ``None`` for a missing package."""
+    """Return name → version of Python, :data:`OUR_PACKAGES` and ``names``; ``None`` for a missing package."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for name in (*OUR_PACKAGES, *names):
         try:

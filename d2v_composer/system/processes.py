@@ -1,10 +1,4 @@
-"""Handle a command's signals, child processes and open files, and the ranks and parts that share its work.
-
-A command blocks SIGINT and SIGTERM in its first line. All its threads and children inherit this signal mask, so that no
-signal to the whole process group, which schedulers and terminals send, reaches a data worker or an upload.
-One thread awaits the signals. On Windows, which has no masks, handlers replace the thread; commands have no children
-there.
-"""
+"""Handle a command's signals, child processes and open files, and the ranks and parts that share its work."""
 
 import ctypes
 import io
@@ -38,11 +32,14 @@ Handlers = dict[signal.Signals, Any]  # what signal.signal returns has no public
 _previous: Handlers = {}
 
 
+# A command blocks SIGINT and SIGTERM in its first line. All its threads and children inherit this signal mask, so that
+# no signal to the whole process group, which schedulers and terminals send, reaches a data worker or an upload. One
+# thread awaits the signals. On Windows, which has no masks, handlers replace the thread; commands have no children there.
+# A rank also receives SIGTERM when Composer's launcher dies.
 def handle_signals() -> None:
-    """From now on, exit immediately on SIGINT or SIGTERM (status 130 or 143), unless :func:`defer_signals` is called.
+    """From now on, exit on SIGINT or SIGTERM with status 130 or 143, unless :func:`defer_signals` is called.
 
-    Call this in the first line, before imports that start threads. A background job of a shell, which ignores SIGINT
-    from its start, goes on ignoring it. A rank also receives SIGTERM when Composer's launcher dies.
+    Call this function before imports that start threads. A signal that this process ignores stays ignored.
     """
     global _is_watching
     if _is_watching:
@@ -65,15 +62,15 @@ def handle_signals() -> None:
 
 
 def received() -> signal.Signals | None:
-    """Return the first signal that arrived, if any; later exceptions, such as a lost rank, are its consequence."""
+    """Return the first signal that arrived; ``None`` if there was none."""
     return _received
 
 
 def defer_signals(notice: str | None = None) -> None:
-    """From now on, only record the first signal (see :func:`received`); a second Ctrl-C still ends the process.
+    """From now on, only record the first signal, which :func:`received` returns; a later Ctrl-C ends the process.
 
     Args:
-        notice: Text that rank 0 prints after the first Ctrl-C.
+        notice: Text that rank 0 prints if the first signal is Ctrl-C.
     """
     global _is_deferred, _notice
     if not (_is_deferred or _is_watching):  # a program of somebody else's, which has its own handlers
@@ -91,7 +88,7 @@ def obey_signals() -> None:
 
 
 def forget_signals() -> None:
-    """Forget a recorded signal and restore the former handlers, except in a command, which is about to exit."""
+    """Forget a recorded signal and restore the former handlers, except in a command."""
     global _is_deferred, _received
     if not _is_watching:
         _restore_handlers()
@@ -105,11 +102,11 @@ def _restore_handlers() -> None:
 
 @contextmanager
 def if_interrupted(explain: Callable[[], str | None]) -> Iterator[None]:
-    """If a signal ends the process in this ``with`` block, clean up, and print what is left and how to resume.
+    """If a signal ends the process in the ``with`` block, call ``explain`` and print the text that it returns.
 
     Args:
-        explain: Returns the text to print after the signal's name, or ``None``. It runs in another thread, and may stop
-            and remove what the block has started.
+        explain: Cleans up, perhaps in another thread, and returns the text to print after the signal's name, or
+            ``None``.
     """
     _explanations.append(explain)
     try:
@@ -119,13 +116,13 @@ def if_interrupted(explain: Callable[[], str | None]) -> Iterator[None]:
 
 
 def end_by_signal(signum: signal.Signals) -> None:
-    """Print the signal's line, kill the children and exit immediately; atomic writes leave no file half-written."""
+    """Print the signal's name and the texts of :func:`if_interrupted`, kill the children, and exit immediately."""
     explanations = [explain() for explain in reversed(_explanations)]
     _end(": ".join([SIGNAL_NAMES[signum], *filter(None, explanations)]))
 
 
 def _set_handlers() -> Handlers:
-    """Set the handler of the signals in the main thread, and return the former handlers."""
+    """Set the handlers of the signals, and return the former handlers."""
     return {signum: signal.signal(signum, lambda number, _: _receive(number)) for signum in _not_ignored()}
 
 
@@ -166,10 +163,7 @@ def _print(line: str, stream: TextIO) -> None:
 
 
 def die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent dies; an initializer for worker processes.
-
-    The signal comes when the thread that started this process ends: start workers from a thread that outlives them.
-    """
+    """Let Linux kill this process when the thread of the parent that started this process ends."""
     _at_parents_death(signal.SIGKILL)
     parent = multiprocessing.parent_process()
     if parent is not None and os.getppid() != parent.pid:  # the parent died before this call
@@ -177,10 +171,7 @@ def die_with_parent() -> None:
 
 
 def start_program(arguments: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
-    """Start another program in its own session, with no signals blocked; it dies with this process.
-
-    A command of d2v blocks and watches the signals itself, whatever mask it inherits.
-    """
+    """Start a program in its own session, with no signals blocked; on Linux, the program dies with this process."""
 
     def prepare() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -195,16 +186,17 @@ def _at_parents_death(signum: signal.Signals) -> None:
 
 
 def allow_open_files() -> None:
-    """Raise the open-file limit to the hard limit: each tensor that a data worker has ready is an open file."""
+    """Raise the limit of open files to the hard limit."""
     import resource  # Windows has none, and does not train
 
+    # Each tensor that a data worker has ready is an open file.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError):  # macOS: no limit, which it does not accept
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class _Output(io.FileIO):
-    """An output stream that becomes /dev/null, also for child processes, when its reader exits or its disk is full."""
+    """An output stream that becomes /dev/null, also for child processes, when a write fails."""
 
     def write(self, data: Buffer, /) -> int | None:
         try:
@@ -226,7 +218,7 @@ def _discard(descriptor: int) -> None:
 def prepare_streams() -> None:
     """Set up the standard streams: each line appears at once, and closed streams or readers that exit do no harm.
 
-    If standard output is a file and its disk is full, the print raises a RunError.
+    A print raises a RunError if standard output is a file and its disk is full.
     """
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:  # else a file of ours would take its number, and what others print
@@ -247,12 +239,12 @@ REPORT_SECONDS = 30.0
 
 
 def is_launched() -> bool:
-    """Return True if Composer's launcher or torchrun started this process."""
+    """Return True if a launcher, such as Composer's or torchrun, started this process."""
     return "LOCAL_RANK" in os.environ
 
 
 def relaunch_on_gpus(*arguments: str) -> None:
-    """With several GPUs and no launcher yet, replace this process with Composer's, which runs d2v on each GPU."""
+    """With several GPUs and no launcher, replace this process with Composer's launcher, which runs d2v on each GPU."""
     import torch
 
     if is_launched() or torch.cuda.device_count() < 2:
@@ -282,15 +274,13 @@ def local_ranks() -> int:
 
 
 def num_nodes() -> int:
-    """Return the number of machines in the run; all have the same number of ranks."""
+    """Return the number of machines in the run."""
     return num_ranks() // local_ranks()
 
 
 def let_first_rank_report() -> None:
-    """Give the first rank of this node time to report an error that all its ranks found before they joined.
-
-    When that rank has ended, Composer's launcher ends the others by SIGTERM, before they print the error as well.
-    """
+    """Let only the first rank of this node report an error that all its ranks found: the other ranks wait."""
+    # When the first rank has ended, Composer's launcher ends the others, before they print the error as well.
     if local_rank() != 0:
         # The launcher prints nothing of a process that the signal killed.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -299,15 +289,15 @@ def let_first_rank_report() -> None:
 
 
 class Part(NamedTuple):
-    """One of several parts of work that is shared among machines."""
+    """A part of work that is divided among machines."""
 
     number: int
-    """The part's number, from 0."""
+    """Index of the part."""
     total: int
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Parse I/N, part I of N parts.
+        """Parse I/N, the part with index I of N parts.
 
         Raises:
             ValueError: The text is something else, I is not below N, or N is above 100,000.

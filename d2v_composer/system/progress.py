@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 LINE_SECONDS = 10.0
-"""Seconds between two lines; shorter work prints none."""
+"""Seconds before the first line, and between two lines."""
 
 
 def progress_bar(*iterable: Iterable[T], desc: str, unit: str, **options: Any) -> "tqdm[T]":
@@ -19,7 +19,7 @@ def progress_bar(*iterable: Iterable[T], desc: str, unit: str, **options: Any) -
 
 
 class Lines(tqdm):
-    """A progress bar that prints a new line every ten seconds instead of overwriting its line."""
+    """A progress bar that prints a new line every ``LINE_SECONDS`` instead of overwriting its line."""
 
     def __init__(self, *iterable: Any, **options: Any) -> None:
         pace = {"delay": LINE_SECONDS, "mininterval": LINE_SECONDS, "miniters": 1}

@@ -28,43 +28,41 @@ _turns = itertools.count()
 def join_ranks(longest_wait: float) -> None:
     """Initialize torch.distributed if there are several ranks, and run a first collective on this rank's device.
 
-    A barrier as the first collective would not know the device: NCCL would use GPU number rank % GPUs, which is another
-    rank's if a node runs fewer ranks than it has GPUs.
-
     Args:
-        longest_wait: Seconds for which another rank may wait for its samples; collectives time out later than that.
+        longest_wait: Seconds for which a rank may wait for its samples; collectives time out later.
     """
     device = get_device(None)  # makes a GPU the current device
     if dist.get_world_size() > 1:
         dist.initialize_dist(device, max(COLLECTIVE_SECONDS, longest_wait + LATE_SECONDS))
+        # A barrier would not know the device: NCCL would use GPU number rank % GPUs, which is another rank's if a node
+        # runs fewer ranks than it has GPUs.
         dist.all_reduce(device.tensor_to_device(torch.zeros(1)))
 
 
 def node_leaders_first(what: str) -> AbstractContextManager[None]:
-    """Let the first rank of each node run a ``with`` block before the others run it; see :func:`leaders_first`."""
+    """Let the first rank of each node run a ``with`` block before the other ranks; see :func:`leaders_first`."""
     return leaders_first(range(0, dist.get_world_size(), dist.get_local_world_size()), what)
 
 
 def rank_zero_first(what: str) -> AbstractContextManager[None]:
-    """Let rank 0 run a ``with`` block before all others run it; see :func:`leaders_first`."""
+    """Let rank 0 run a ``with`` block before the other ranks; see :func:`leaders_first`."""
     return leaders_first([0], what)
 
 
 @contextmanager
 def leaders_first(leaders: Collection[int], what: str) -> Iterator[None]:
-    """Let ``leaders`` run a ``with`` block, such as a download, before the other ranks do. All ranks must call this.
+    """Let ``leaders`` run a ``with`` block before the other ranks run the block; all ranks must call this function.
 
-    The block may take hours. No collective waits meanwhile: it would time out, as in Composer's
-    ``run_local_rank_zero_first``. Each leader writes its outcome to the process group's store; ``what`` names the block
-    in errors.
+    The block may take hours. ``what`` names the block in errors.
 
     Raises:
-        InputError: On the waiting ranks, if a leader raised it.
+        InputError: On the waiting ranks, if a leader raised an InputError.
         RuntimeError: On the waiting ranks, if a leader failed otherwise or stopped responding.
     """
     if dist.get_world_size() == 1:
         yield
         return
+    # Not a collective, which would time out, as in Composer's run_local_rank_zero_first.
     store = torch.distributed.distributed_c10d._get_default_store()
     turn, rank = f"d2v_composer/{next(_turns)}", dist.get_global_rank()
     try:
@@ -107,7 +105,7 @@ def _outcome(store: Any, key: str) -> Iterator[None]:
 
 
 def _wait(store: Any, key: str, who: str) -> None:
-    """Wait for a leader to end its block, and raise its error."""
+    """Wait for a leader to end its block; raise an error if the leader failed."""
     last, deadline = "", time.monotonic() + SILENT_SECONDS
     while last != OK:
         try:
@@ -127,7 +125,7 @@ def _wait(store: Any, key: str, who: str) -> None:
 
 
 def raise_on_all_ranks(fault: str | None) -> None:
-    """Raise, on every rank, a fault that any rank found, so that none waits for a rank that exited.
+    """Raise, on every rank, a fault that any rank found; all ranks must call this function.
 
     Raises:
         InputError: A rank found a fault; the message is the fault of the lowest such rank.

@@ -1,22 +1,4 @@
-"""Patches to Composer 0.32.1's internals, with the reason for each.
-
-- If a callback's ``close`` or ``post_close`` fails, one line is logged. Composer would log a traceback, which hides why
-  the run ended.
-
-While :func:`patched_composer` is active:
-
-- ``dist.get_node_signal_file_name``: the name of a signal file includes the node. Composer gives all nodes the same
-  name, and in a shared folder each node deletes the others' file.
-- ``checkpoint._torch_load_with_validation`` returns the contents that the caller has read and checked. Composer 0.32.1
-  would unpickle the file without such a check.
-
-Other modules also use internals of packages:
-
-- ``objectives/compilation.py`` sets options of torch 2.7's Dynamo and Inductor.
-- ``training_data/sampler.py`` calls Streaming 0.13.0's ``get_sampling`` and ``get_shuffle``, which order the samples.
-- ``system/ranks.py`` uses the default store of torch 2.7's process group.
-- ``system/fetch.py`` uses botocore's ``_raw_stream``: botocore's own reads wait until they have all bytes asked for.
-"""
+"""Patches to Composer 0.32.1's internals."""
 
 import logging
 import random
@@ -28,6 +10,12 @@ from composer.utils import checkpoint, dist
 
 from d2v_composer.system.errors import reason
 
+# Other modules also use internals of packages:
+# - objectives/compilation.py sets options of torch 2.7's Dynamo and Inductor.
+# - training_data/sampler.py calls Streaming 0.13.0's get_sampling and get_shuffle, which order the samples.
+# - system/ranks.py uses the default store of torch 2.7's process group.
+# - system/fetch.py uses botocore's _raw_stream: botocore's own reads wait until they have all bytes asked for.
+
 
 def _shorten(record: logging.LogRecord) -> bool:
     if record.exc_info and record.exc_info[1]:
@@ -36,6 +24,7 @@ def _shorten(record: logging.LogRecord) -> bool:
     return True
 
 
+# If a callback's close or post_close fails, one line is logged: Composer's traceback would hide why the run ended.
 logging.getLogger("composer.core.engine").addFilter(_shorten)
 
 
@@ -52,7 +41,9 @@ def patched_composer(loaded: object) -> Iterator[None]:
         return f"{common_name(rng)}_{dist.get_node_rank()}"
 
     with (
+        # Composer gives all nodes the same name, and in a shared folder each node deletes the others' file.
         patch.object(dist, "get_node_signal_file_name", name_of_this_node),
+        # The contents that the caller has read and checked: Composer would unpickle the file without such a check.
         patch.object(checkpoint, "_torch_load_with_validation", lambda *_, **__: loaded),
     ):
         yield
