@@ -34,7 +34,8 @@ _previous: Handlers = {}
 
 # A command blocks SIGINT and SIGTERM in its first line. All its threads and children inherit this signal mask, so that
 # no signal to the whole process group, which schedulers and terminals send, reaches a data worker or an upload. One
-# thread awaits the signals. On Windows, which has no masks, handlers replace the thread; commands have no children there.
+# thread awaits the signals. On Windows, which has no masks, handlers replace the thread; commands have no children
+# there.
 # A rank also receives SIGTERM when Composer's launcher dies.
 def handle_signals() -> None:
     """From now on, exit on SIGINT or SIGTERM with status 130 or 143, unless :func:`defer_signals` is called.
