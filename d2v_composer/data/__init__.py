@@ -1,4 +1,4 @@
-"""Decode, store, augment and batch images and audio; find a modality by an encoder's config or by name."""
+"""Decode, store, augment and batch images and audio clips."""
 
 from pydantic import BaseModel
 
@@ -17,19 +17,19 @@ def modality_of(config: EncoderConfig) -> Modality:
 
 
 def build_augmentation(loader: BaseModel, modality: Modality, seed: int, for_views: bool = False) -> Augmentation:
-    """Build the augmentation of the training samples or, for an evaluation, of the views of a sample.
+    """Build the augmentation of training samples, or the augmentation that makes views of a sample for an evaluation.
 
     Args:
         loader: The config's section ``train_loader``.
         modality: Modality of the samples.
         seed: Seed of the random numbers.
-        for_views: Build the augmentation that makes the views of a sample.
+        for_views: Build the augmentation for views.
 
     Raises:
         InputError: An option of another modality is set.
     """
     for name in sorted(frozenset().union(*(kind.options for kind in MODALITIES.values())) - modality.options):
         if (value := getattr(loader, name)) != type(loader).model_fields[name].default:
-            raise InputError(f"train_loader.{name}: must be left out if the teacher takes {modality.unit}; got {value}")
+            raise InputError(f"train_loader.{name}: must be left out for {modality.unit}; got {value}")
     options = loader.model_dump(include=set(modality.options))
     return Augmentation(modality.augmentation(for_views, **options), seed)

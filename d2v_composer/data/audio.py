@@ -48,7 +48,7 @@ def open_clip(encoded: bytes, longest: int) -> soundfile.SoundFile:
     if file.frames == UNKNOWN:
         raise UnreadableSampleError("its header states no length; encode it to a file, not to a pipe")
     if file.frames > longest * file.samplerate:
-        raise UnreadableSampleError(f"it is {file.frames / file.samplerate:,.0f} s long; the limit is {longest} s")
+        raise UnreadableSampleError(f"it is {file.frames / file.samplerate:,.2f} s long; the limit is {longest} s")
     if file.format == "OGG":  # libsndfile ends without an error where the file does
         page = encoded[encoded.rfind(b"OggS") :]
         is_last = len(page) > 27 and page[5] & 4
@@ -58,7 +58,7 @@ def open_clip(encoded: bytes, longest: int) -> soundfile.SoundFile:
 
 
 def read_blocks(file: soundfile.SoundFile, count: int) -> Iterator[NDArray[np.float32]]:
-    """Decode the next ``count`` samples of a file, and yield them in blocks, mono, (at most ``BLOCK``,).
+    """Decode the next ``count`` samples of a file to mono, and yield blocks of at most ``BLOCK`` samples.
 
     Raises:
         UnreadableSampleError: The file is truncated.
@@ -72,7 +72,7 @@ def read_blocks(file: soundfile.SoundFile, count: int) -> Iterator[NDArray[np.fl
 
 
 def read_span(file: soundfile.SoundFile, start: int, count: int) -> NDArray[np.float32]:
-    """Decode a span of a file to 16 kHz mono, (L,).
+    """Decode a span of a file to 16 kHz mono, (L,) float32.
 
     Args:
         file: The file.
@@ -108,21 +108,21 @@ def encode_flac(clip: NDArray[np.float32]) -> bytes:
 
 
 class RandomCrop(NamedTuple):
-    """The training augmentation of a clip: a random span of at most ``longest`` samples at 16 kHz."""
+    """An augmentation of a clip: a random span of at most ``longest`` samples at 16 kHz."""
 
     longest: int
     max_share: float = 1.0
-    """The largest share of a decoded clip that a crop takes; a crop of a file may take all of it."""
+    """Largest share of a decoded clip that a crop takes; not used for a clip that is given as a file."""
 
     @property
     def sample_bytes(self) -> int:
         return 4 * self.longest
 
     def __call__(self, sample: bytes | Tensor, rng: np.random.Generator, source: str = "clip") -> Tensor:
-        """Crop a clip, given as a file's bytes, of which only the span is decoded, or as (L,) float32 at 16 kHz.
+        """Crop a clip, given as a file's bytes or as (L,) float32 at 16 kHz.
 
         Returns:
-            The random span, (at most ``longest``,) float32 at 16 kHz.
+            A random span of the clip, (at most ``longest``,) float32 at 16 kHz.
 
         Raises:
             UnreadableSampleError: The file cannot be decoded.
@@ -139,7 +139,7 @@ class RandomCrop(NamedTuple):
 
 @dataclass(frozen=True)
 class Audio(Modality):
-    """Audio clips, decoded to 16 kHz mono, which may differ in length."""
+    """Audio clips of any length, decoded to 16 kHz mono."""
 
     name = "audio"
     unit = "clips"
@@ -151,7 +151,7 @@ class Audio(Modality):
     has_lengths = True
 
     def decode(self, stored: bytes, source: str) -> Tensor:
-        """Decode a clip of at most 60 seconds to (L,) float32 at 16 kHz; unlike :meth:`encode`, accept silence."""
+        """Decode a clip of at most 60 seconds to (L,) float32 at 16 kHz."""
         with decoding(stored, source, KIND), open_clip(stored, MAX_SECONDS_WHOLE) as file:
             return torch.from_numpy(read_span(file, 0, file.frames))
 
@@ -159,8 +159,10 @@ class Audio(Modality):
     def encode(cls, stored: bytes, source: str, **options: Json) -> tuple[bytes, int]:
         """Keep a 16 kHz mono FLAC, WAV or OGG file of at most ``most_seconds``.
 
-        Other clips are cut to that length and converted to 16 kHz mono FLAC with 16 bits per sample. A silent clip is
-        an error.
+        Other clips are cut to ``most_seconds`` and converted to 16 kHz mono FLAC with 16 bits per sample.
+
+        Raises:
+            UnreadableSampleError: The clip cannot be decoded, or is silent.
         """
         with decoding(stored, source, KIND), open_clip(stored, MAX_SECONDS) as file:
             whole = read_span(file, 0, file.frames)

@@ -42,8 +42,7 @@ def open_image(encoded: bytes) -> Image.Image:
     """Read the header of an image file.
 
     Raises:
-        UnreadableSampleError: The image has more than ``PIL.Image.MAX_IMAGE_PIXELS``. Pillow itself only warns below
-            twice that number.
+        UnreadableSampleError: The image has more than ``PIL.Image.MAX_IMAGE_PIXELS`` pixels.
     """
     limit = Image.MAX_IMAGE_PIXELS
     try:
@@ -56,7 +55,7 @@ def open_image(encoded: bytes) -> Image.Image:
 
 
 def turn_of(exif: bytes) -> Image.Transpose | None:
-    """Return the transposition that turns an image upright, given its EXIF record; ``None`` if it needs none."""
+    """Return the transposition that turns an image with this EXIF record upright; ``None``: the image is upright."""
     with suppress(Exception):  # without a record, or with a corrupt one
         record = Image.Exif()
         record.load(exif)
@@ -68,7 +67,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Decode an image to upright RGB; 16-bit values become 8-bit.
 
     Raises:
-        ValueError: The values are not colors. Pillow raises other errors if the file is corrupt.
+        ValueError: The values are not colors.
     """
     image.load()  # Pillow turns a TIFF
     if (turn := turn_of(image.info.get("exif", b""))) is not None:
@@ -84,7 +83,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def decode_rgb(stored: bytes | Image.Image, source: str) -> Image.Image:
-    """Decode an image file, or the image of a ``pil`` column, to RGB; of an animation, use the first frame.
+    """Decode an image file, or a PIL image, to upright RGB; of an animation, decode the first frame.
 
     Raises:
         UnreadableSampleError: The image cannot be decoded.
@@ -103,11 +102,10 @@ class Box(NamedTuple):
 
 
 class CuttableJpeg(NamedTuple):
-    """A complete JPEG, decoded no further than the last row of a crop.
+    """A JPEG file, of which :meth:`crop` decodes no rows below the crop."""
 
-    Only the usual kind is accepted: sequential, three colors of 8 bits in a single scan, with an end marker. Its rows
-    are stored in order, so any decoder stops early if the header claims fewer rows.
-    """
+    # Accepted are sequential files with three colors of 8 bits in a single scan. Their rows are stored in order, so a
+    # decoder stops early if the header claims fewer rows.
 
     encoded: bytes
     source: str
@@ -117,7 +115,7 @@ class CuttableJpeg(NamedTuple):
 
     @classmethod
     def parse(cls, encoded: bytes, source: str) -> "CuttableJpeg | None":
-        """Read a JPEG's header; return ``None`` if Pillow must decode the file, as if it is progressive or rotated."""
+        """Read the header of a JPEG file; return ``None`` if Pillow must decode the file."""
         # Pillow rejects a file without its end, which a decoder that stops early cannot notice. A truncated file does
         # not end like this by chance: the marker cannot occur within the coded pixels.
         if not (encoded.startswith(JPEG_START) and encoded.endswith(b"\xff\xd9")):
@@ -143,7 +141,7 @@ class CuttableJpeg(NamedTuple):
         return None
 
     def crop(self, box: Box) -> np.ndarray:
-        """Return the pixels in a box, (height, width, 3) uint8, exactly as a crop of the whole decoded image.
+        """Return the decoded pixels in a box, (height, width, 3) uint8.
 
         Raises:
             UnreadableSampleError: The image cannot be decoded.
@@ -163,7 +161,7 @@ class CuttableJpeg(NamedTuple):
 
 
 def read_image(stored: bytes | Image.Image, source: str) -> CuttableJpeg | Image.Image:
-    """Return an image whose crops are RGB and upright; a :class:`CuttableJpeg` is not yet decoded.
+    """Return an image whose crops are RGB and upright.
 
     Raises:
         UnreadableSampleError: The image cannot be decoded.
@@ -175,14 +173,12 @@ def read_image(stored: bytes | Image.Image, source: str) -> CuttableJpeg | Image
 def resized_crop(
     image: CuttableJpeg | Image.Image, size: tuple[int, int], interpolation: str, box: Box | None = None
 ) -> Tensor:
-    """Resize a box of an image, by default all of it, to (3, height, width) uint8.
-
-    Torch's filter is Pillow's with weights of 16 instead of 22 bits: five times as fast, and few values differ, by one.
-    Cropping comes first, because the filter must not see pixels outside of the box.
+    """Resize a box of an image, by default the whole image, to (3, height, width) uint8.
 
     Raises:
         UnreadableSampleError: The image cannot be decoded.
     """
+    # torch's filter is Pillow's with weights of 16, not 22, bits: five times as fast, and few values differ, by 1.
     pixels = np.require(image.crop(box or Box(0, 0, *image.size)), requirements="W")
     channels_first = torch.from_numpy(pixels).permute(2, 0, 1)
     if pixels.shape[:2] == size:
@@ -221,7 +217,7 @@ def random_crop_box(
 
 
 class RandomResizedCropFlip(NamedTuple):
-    """The training augmentation of one image: a random crop, resized to ``image_size`` and at random mirrored."""
+    """An augmentation of an image: a random crop, resized to ``image_size``, and a random horizontal flip."""
 
     image_size: ImageSize
     scale: tuple[float, float] = (0.08, 1.0)
@@ -235,7 +231,7 @@ class RandomResizedCropFlip(NamedTuple):
         return 3 * math.prod(height_and_width(self.image_size))
 
     def __call__(self, sample: bytes | Image.Image | Tensor, rng: np.random.Generator, source: str = "image") -> Tensor:
-        """Augment one image, given as a file's bytes, a PIL image or a (3, height, width) uint8 tensor.
+        """Augment an image, given as a file's bytes, a PIL image or a (3, height, width) uint8 tensor.
 
         Returns:
             The augmented image, (3, height, width) uint8, of the size ``image_size``.
@@ -252,11 +248,11 @@ class RandomResizedCropFlip(NamedTuple):
 
 @dataclass(frozen=True)
 class Images(Modality):
-    """Images, resized to one size; the aspect ratio is not kept.
+    """Images, resized to one size without keeping the aspect ratio.
 
     Attributes:
         image_size: Pixels per side, or (height, width).
-        interpolation: The resizing's filter: bicubic or bilinear.
+        interpolation: Filter of the resizing: ``bicubic`` or ``bilinear``.
     """
 
     image_size: ImageSize = 224
@@ -278,7 +274,7 @@ class Images(Modality):
         return cls(config.image_size, config.interpolation)
 
     def decode(self, stored: bytes | Image.Image, source: str) -> Tensor:
-        """Decode and resize an image to (3, height, width) uint8: JPEGs with torch's filter, others with Pillow's."""
+        """Decode and resize an image to (3, height, width) uint8."""
         height, width = height_and_width(self.image_size)
         if isinstance(stored, bytes) and stored.startswith(JPEG_START):
             image = read_image(stored, source)
@@ -290,9 +286,12 @@ class Images(Modality):
     def encode(  # pyright: ignore[reportIncompatibleMethodOverride]: each modality has options of its own
         cls, stored: bytes | Image.Image, source: str, resize: int | None = None, quality: int = 90
     ) -> tuple[bytes, None]:
-        """Keep an upright RGB JPEG as it is; encode all other images as JPEGs without metadata.
+        """Keep an upright RGB JPEG unless it must be resized; encode all other images as JPEGs without metadata.
 
-        Images whose shorter side has more than ``resize`` pixels are resized first, and then always encoded.
+        If an image's shorter side has more than ``resize`` pixels, the image is resized to ``resize`` pixels there.
+
+        Raises:
+            UnreadableSampleError: The image cannot be decoded.
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -319,7 +318,7 @@ class Images(Modality):
         return RandomResizedCropFlip(self.image_size, scale, ratio, flip, self.interpolation)
 
     def stack(self, samples: Iterator[Tensor], count: int) -> Tensor:
-        """Stack images as they are decoded; torch.stack would need twice the memory."""
+        """Stack images, (``count``, 3, height, width), as they are decoded."""
         stacked = torch.empty(0)
         for i, image in enumerate(samples):
             stacked = stacked if i else image.new_empty(count, *image.shape)

@@ -1,4 +1,4 @@
-"""Decode, store, augment and batch samples; a subclass of Modality does so for images or for audio."""
+"""The base of modalities, which decode, store, augment and batch samples."""
 
 import errno
 import stat
@@ -19,12 +19,12 @@ from d2v_composer.models.provenance import Json
 from d2v_composer.system.errors import UnreadableSampleError
 
 Stored = Any
-"""A sample as its source stores it: a file's bytes, or what a column holds; each modality accepts its own kinds."""
+"""A sample as its source stores it: a file's bytes, or the value of a column."""
 MAX_BYTES = 1 << 30  # limit of a file, because files are read whole
 
 
 class Transform(Protocol):
-    """An augmentation of one sample, as it is stored or as :meth:`Modality.decode` returns it."""
+    """An augmentation of a sample, given as stored or as :meth:`Modality.decode` returns it."""
 
     @property
     def sample_bytes(self) -> int:
@@ -45,13 +45,13 @@ class Modality(ABC):
     Attributes:
         name: Name of the samples' entry in a batch, and of their column in an MDS data set.
         unit: The word for several samples in messages.
-        cost_unit: Name of the input for which a model's operations are counted.
-        suffixes: Suffixes of the files in a folder that are samples.
-        needs: Suffix of files that cannot be decoded here → the package that can decode them.
+        cost_unit: The words for the amount of input for which a model's operations are counted.
+        suffixes: Suffixes of the files that are samples.
+        needs: Suffix → the package that Pillow needs to decode files with this suffix.
         encodings: The MDS encodings of a column that can hold samples.
         options: Fields of ``train_loader`` that are arguments of :meth:`augmentation`.
-        batch_size: Number of samples that are embedded at once, unless the user sets another.
-        has_lengths: True if samples differ in length; the summary of a converted data set then lists the lengths.
+        batch_size: Default of the number of samples that are embedded at once.
+        has_lengths: True if samples may differ in length.
     """
 
     name: ClassVar[str]
@@ -76,7 +76,7 @@ class Modality(ABC):
 
     @abstractmethod
     def decode(self, stored: Stored, source: str) -> Tensor:
-        """Decode a whole sample, for an evaluation.
+        """Decode a whole sample.
 
         Args:
             stored: The sample as its source stores it.
@@ -89,7 +89,7 @@ class Modality(ABC):
     @classmethod
     @abstractmethod
     def encode(cls, stored: Stored, source: str, **options: Json) -> tuple[bytes, int | None]:
-        """Return a sample as a file that every reader can decode, and the sample's length if lengths vary.
+        """Return a sample as the bytes of a file, and the sample's length or, for images, ``None``.
 
         Raises:
             UnreadableSampleError: The sample cannot be decoded.
@@ -108,8 +108,8 @@ def read_sample_file(path: Path) -> bytes:
     """Return the bytes of a sample's file.
 
     Raises:
-        UnreadableSampleError: The file does not exist, is a dangling link, is not a regular file, or is above 1 GiB.
-        OSError: The machine cannot read the file (no permission, too many open files, a failing disk, …).
+        UnreadableSampleError: The file does not exist, is not a regular file, or is larger than 1 GiB.
+        OSError: The machine cannot read the file.
     """
     if "\0" in str(path):
         raise UnreadableSampleError(f"{str(path)!r} is not a path")
@@ -128,17 +128,17 @@ def read_sample_file(path: Path) -> bytes:
 
 @contextmanager
 def decoding(stored: object, source: str, kind: str) -> Iterator[None]:
-    """Convert any error raised in a ``with`` block that decodes a sample to one line that names the sample.
+    """Convert a decoder's error in a ``with`` block to one line that names the sample.
 
     Raises:
-        UnreadableSampleError: The sample cannot be decoded. If memory or file descriptors run out, the error passes
-            unchanged; decoders' own OSErrors have no ``errno``.
+        UnreadableSampleError: The sample cannot be decoded.
     """
     try:
         yield
     except UnreadableSampleError as error:
         raise UnreadableSampleError(f"{source}: {error}") from error
     except Exception as error:
+        # The machine's own errors pass unchanged; a decoder's OSError has no errno.
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
             raise
         detail = f"{len(stored)} bytes" if isinstance(stored, bytes) else f"{stored!r:.50}"
@@ -162,7 +162,7 @@ class Augmentation(NamedTuple):
 
 
 class Samples(Protocol):
-    """Samples by number, from 0, a tensor each: a list, or a map-style dataset of torch."""
+    """Samples by index: a list of tensors, or a map-style dataset of torch."""
 
     def __len__(self) -> int: ...
 
@@ -170,12 +170,12 @@ class Samples(Protocol):
 
 
 def collate(samples: Sequence[Tensor], sizes: Sequence[int] = ()) -> tuple[Tensor, ...]:
-    """Return a batch's inputs and, if samples were padded with zeros at the end, the lengths, (B,) int64.
+    """Stack samples; if lengths differ, pad with zeros at the end, and also return the lengths, (B,) int64.
 
     Args:
         samples: Samples whose shapes differ at most in the last dimension.
-        sizes: Lengths to which samples may be padded, ascending, because a compiled model needs a graph for each
-            length. If none is long enough, samples are padded to the longest sample.
+        sizes: Lengths to which samples may be padded, ascending; if all are too small, samples are padded to the
+            longest sample.
     """
     lengths = torch.tensor([sample.shape[-1] for sample in samples])
     longest = int(lengths.max())

@@ -1,4 +1,4 @@
-"""Objectives: targets that a student regresses, and losses that measure how far it is off."""
+"""Objectives: the terms of the loss that a student minimizes."""
 
 from collections.abc import Mapping
 
@@ -16,15 +16,15 @@ OBJECTIVES: dict[str, type[Objective]] = {"tokens": LayerRegression, "embedding"
 
 
 def build_objectives(sections: Mapping[str, object], teacher: Teacher, student: Backbone) -> nn.ModuleDict:
-    """Build the objectives whose weight is not 0; some add a head of random weights, or an alignment to the student.
+    """Build the objectives whose weight is not 0.
 
     Args:
-        sections: Name → section of each objective, as in a YAML.
+        sections: Name of each objective → its section in a YAML.
         teacher: The frozen teacher.
-        student: The student.
+        student: The student, to which an objective may add an alignment.
 
     Raises:
-        InputError: An option is unknown, has an invalid value, or does not fit the teacher.
+        InputError: An option is unknown, or has a value that is not allowed with this teacher and student.
     """
     built = nn.ModuleDict()
     for name, section in sections.items():

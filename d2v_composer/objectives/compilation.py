@@ -1,4 +1,4 @@
-"""Compile a distillation model block by block, with torch.compile."""
+"""Compile a distillation model with torch.compile."""
 
 import atexit
 import functools
@@ -32,15 +32,12 @@ MAX_GRAPHS = 1024
 
 
 def compile_model(model: "DistillationModel", choice: bool | str = True) -> None:
-    """Compile a model's blocks, patch embedding, norm_mean and loss in place, for steps and evaluations.
-
-    Blocks are graphs of their own: equal blocks share a compilation; DDP reduces a block's gradients while the next
-    ones are computed; activation checkpointing works on blocks.
+    """Compile a model's blocks and losses, and other parts, in place.
 
     Args:
-        model: The model, which is changed; its weights may still move to a GPU.
-        choice: A mode of torch.compile, or ``True``: its default mode, in which a GPU runs encoder and targets as one
-            CUDA graph, unless an encoder has ALiBi.
+        model: The model, which is changed.
+        choice: ``True``, or a mode of torch.compile. With ``True``, a GPU runs the teacher as a CUDA graph unless an
+            encoder has ALiBi.
     """
     mode = choice if isinstance(choice, str) else None
     compiling = importlib.import_module("torch._inductor.async_compile")
@@ -49,6 +46,7 @@ def compile_model(model: "DistillationModel", choice: bool | str = True) -> None
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = MAX_GRAPHS
     # Do not split graphs for DDP: blocks are small enough.
     torch._dynamo.config.optimize_ddp = False
+    # Each block is a graph: equal blocks share a compilation, and DDP reduces gradients while other blocks compute.
     parts: list[Any] = list(model.modules())
     encoders = [part for part in parts if isinstance(part, Encoder)]
     for part in parts:
@@ -73,13 +71,13 @@ def compile_model(model: "DistillationModel", choice: bool | str = True) -> None
 def compiled(
     function: Callable[P, R], mode: str | None = None, options: dict[str, str | int | bool] | None = None
 ) -> Callable[P, R]:
-    """Compile a function as a single graph for each input shape; calling it fails if that is impossible."""
+    """Compile a function to a single graph for each input shape; a call fails if a single graph is impossible."""
     # By default torch makes a dimension symbolic in all later graphs once it has seen two sizes of it.
     return torch.compile(function, fullgraph=True, dynamic=False, mode=mode, options=options)
 
 
 def compiled_with_weights(frozen_pass: Callable[P, R], mode: str | None) -> Callable[P, R]:
-    """Compile a function that needs no gradient, with its weights as constants: they must not change afterwards."""
+    """Compile a function that needs no gradient, with its weights as constants, which must not change any more."""
     function = compiled(frozen_pass, mode)
 
     @functools.wraps(frozen_pass)
@@ -92,7 +90,7 @@ def compiled_with_weights(frozen_pass: Callable[P, R], mode: str | None) -> Call
 
 
 def captured(frozen_pass: Callable[P, R]) -> Callable[P, R]:
-    """Compile a function that needs no gradient to a CUDA graph; if that is impossible, run it without one."""
+    """Compile a function that needs no gradient, and run the function as a CUDA graph if possible."""
     function = compiled(frozen_pass, options={"triton.cudagraphs": True})
 
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -107,20 +105,20 @@ _norm_mean_of_list = compiled(norm_mean)
 
 
 def compiled_norm_mean(layers: Iterable[Tensor], *options: Any) -> Tensor:
-    """Compute norm_mean in one pass over all layers, which are all in memory at once."""
+    """Compute :func:`~d2v_composer.models.targets.norm_mean` with its compiled version."""
     return _norm_mean_of_list(list(layers), *options)
 
 
 def check_compiler(choice: bool | str) -> None:
-    """Check that this machine has what torch.compile needs.
+    """Check that this machine has what torch.compile needs, unless ``choice`` is false.
 
     Raises:
-        InputError: ``choice`` is not false, and Python's headers or a C++ compiler are missing.
+        InputError: Python's headers or a C++ compiler are missing.
     """
     missing, headers = list[str](), sysconfig.get_path("include")
     if not Path(headers, "Python.h").is_file():
         missing.append(f"Python's headers (python3-dev; {headers} has no Python.h)")
     if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
-        missing.append("a C++ compiler (neither g++ nor clang++ was found)")
+        missing.append("a C++ compiler (g++ or clang++)")
     if choice and missing:
         raise InputError(f"compile: needs {' and '.join(missing)}; install what is missing, or set compile=false")

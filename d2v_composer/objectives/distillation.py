@@ -1,6 +1,6 @@
 """The model that Composer trains: a student and its objectives.
 
-Shapes: B inputs, S pixels per side, E extra tokens, N patches or frames, T = E + N tokens, D channels, L layers.
+Shapes: B inputs, L samples of a waveform, W values in all targets of an input.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,15 +30,15 @@ EmbeddingT = TypeVar("EmbeddingT")
 
 
 def has_targets(batch: Batch) -> TypeGuard[Mapping[str, Tensor]]:
-    """Return True if a batch has targets, so that the teacher need not run."""
+    """Return True if a batch has the targets of its inputs."""
     return isinstance(batch, Mapping) and "targets" in batch
 
 
 class DistillationModel(ComposerModel):
-    """Regress the teacher's targets with the student's prediction; an encoder that they share runs once per step.
+    """Train a student to predict the targets of a frozen teacher.
 
-    The loss of the objective ``tokens`` is the mean of (prediction - target)² over inputs, tokens and channels. Target
-    and prediction are ``norm_mean(F) = LayerNorm(mean_l InstanceNorm(F_l))``, with F_l the FFN output of block l: the
+    The loss of the thesis chapter is the mean of (prediction - target)² over inputs, tokens and channels. Target and
+    prediction are ``norm_mean(F) = LayerNorm(mean_l InstanceNorm(F_l))``, with F_l the FFN output of block l: the
     teacher's last ``average_top_k_layers`` blocks for the target, the student's blocks for the prediction. InstanceNorm
     is over the tokens of an input, LayerNorm over the channels of a token; both have no weights, eps 1e-5, and compute
     in float32.
@@ -48,31 +48,23 @@ class DistillationModel(ComposerModel):
                           └─ student ─ Features ─ prediction ─┘
 
     Parameters of the student on which no loss depends are frozen. Checkpoints leave out the teacher, and the student's
-    encoder and alignment if they are frozen. Loading verifies that a checkpoint has all other tensors, even with
-    ``strict=False``, which Composer uses.
+    encoder and alignment if they are frozen.
 
-    Source: the target is data2vec 2.0's (Baevski et al. 2022, arXiv:2212.07525, section 3; fairseq's ``make_targets``).
-    Shared encoder and loss over all tokens are those of the thesis chapter *distilled unimodal data2vec 2.0*
-    (github.com/TimCares/MasterThesis).
+    Sources: data2vec 2.0 (Baevski et al. 2022, arXiv:2212.07525, section 3; fairseq's ``make_targets``) for the target;
+    the thesis chapter *distilled unimodal data2vec 2.0* (github.com/TimCares/MasterThesis) for the shared encoder and
+    the loss over all tokens.
 
-    The student's config may replace InstanceNorm by LayerNorm. Then :meth:`retrieval_baselines` computes the teacher's
-    ``layer_mean`` embeddings with LayerNorm, too, so that they can be compared with the student's.
-
-    A batch is a dict with ``image``, or the images themselves: (B, 3, S, S), float already normalized or uint8. With an
-    audio teacher it has ``audio``, (B, L) float, and, if clips are padded, ``lengths``, (B,) int64. Labels and other
-    entries are not read.
-
-    With ``keeps_targets``, a batch may have ``targets``: the ``kept_targets`` of an earlier step with the same inputs.
-    Then the teacher does not run.
+    A batch is a tensor of inputs, or a dict with the tensor as ``image`` or ``audio``. Images are (B, 3, height,
+    width), uint8 or normalized float; audio is (B, L) float. If clips are padded, the dict also has ``lengths``, (B,)
+    int64. With ``keeps_targets``, the dict may have ``targets``, which are the ``kept_targets`` of an earlier step with
+    the same inputs; then the teacher does not run.
 
     Args:
         teacher: The frozen teacher.
-        student: A student on the teacher's encoder, or on its own encoder with as many tokens.
-        objectives: Name → section of each objective, as in a YAML; default: only ``tokens``. The callback Health
-            measures the first.
-        cpu_bf16: Compute in bfloat16 autocast on a CPU, where Composer's Trainer only accepts fp32.
-        keeps_targets: Return ``kept_targets``, which are float16, and round all other targets to float16, too, so that
-            kept and new targets are equal.
+        student: The student, which may share the teacher's encoder.
+        objectives: Name of each objective → its section in a YAML; default: ``tokens`` alone.
+        cpu_bf16: Compute in bfloat16 autocast on a CPU.
+        keeps_targets: Return ``kept_targets``, and round all targets to float16.
 
     Attributes:
         flop: Operator → number of its operations in a step with one input; see
@@ -81,7 +73,7 @@ class DistillationModel(ComposerModel):
         target_shapes: Objective → shape of an input's target; empty without ``keeps_targets``.
 
     Raises:
-        ValueError: An option's value is unknown, or does not fit the teacher.
+        InputError: An option of an objective is unknown, or has a value that is not allowed with these models.
 
     Example:
         >>> teacher = load_teacher("teacher.safetensors")
@@ -114,7 +106,6 @@ class DistillationModel(ComposerModel):
         self.register_load_state_dict_post_hook(expect_no_frozen_tensors)
 
     def _freeze_unused(self) -> None:
-        """Freeze the parameters that get no gradient from the loss of one input."""
         freeze_unused_parameters(self, self.losses(self(self.student.encoder.example(1)).regressions)["total"])
 
     @torch.no_grad()
@@ -151,7 +142,6 @@ class DistillationModel(ComposerModel):
         return Outputs(regressions, kept)
 
     def inputs_of(self, batch: Batch) -> Inputs:
-        """Return the inputs of a batch."""
         if isinstance(batch, Tensor):
             return Inputs(batch)
         return Inputs(batch[self.student.encoder.config.modality], batch.get("lengths"))
@@ -164,7 +154,7 @@ class DistillationModel(ComposerModel):
 
     @torch.no_grad()
     def frozen_pass(self, inputs: Inputs) -> tuple[Tokens | None, dict[str, Tensor]]:
-        """Return the shared encoder's tokens, ``None`` if the student has its own, and each objective's target."""
+        """Return the shared encoder's tokens, or ``None`` if no encoder is shared, and each objective's target."""
         tokens = self.teacher.encoder(inputs)
         return tokens if self.student.encoder is self.teacher.encoder else None, self.targets_of(tokens)
 
@@ -174,15 +164,12 @@ class DistillationModel(ComposerModel):
         return {name: objective.target(features) for name, objective in self.objectives.items()}
 
     def loss(self, outputs: Outputs, batch: Batch) -> Any:  # Composer takes a dict, too, but its type does not say so
-        """Return the weighted sum of the objectives' losses, a scalar; ``batch`` is unused.
-
-        With several objectives, return a dict of what Composer logs: each one's loss by its name, and ``total``.
-        """
+        """Return the weighted sum of the objectives' losses, a scalar; with several objectives, :meth:`losses`."""
         losses = self.losses(outputs.regressions)
         return losses if len(outputs.regressions) > 1 else losses["total"]
 
     def losses(self, regressions: dict[str, Regression]) -> dict[str, Tensor]:
-        """Return each objective's loss by name, and the weighted sum as ``total``."""
+        """Return each objective's loss by name, and the weighted sum of all losses as ``total``."""
         device = next(iter(regressions.values())).target.device
         with torch.autocast(device.type, enabled=False):
             losses = {name: objective.loss(regressions[name]) for name, objective in self.objectives.items()}
@@ -194,12 +181,12 @@ class DistillationModel(ComposerModel):
         return self.compute(self.student.embed_all, *inputs)
 
     def compute(self, function: Callable[..., EmbeddingT], *inputs: Tensor | None) -> EmbeddingT:
-        """Call a function of this model's parts in the model's precision."""
+        """Call a function in bfloat16 autocast if ``cpu_bf16``, else in the caller's precision."""
         with cpu_autocast(self.cpu_bf16):
             return function(*inputs)
 
     def flops_per_batch(self, batch: Batch) -> int:
-        """Return the number of operations in a training step; for audio, an estimate, because lengths vary."""
+        """Return the number of operations in a training step; for audio, an estimate."""
         inputs, encoder = self.inputs_of(batch).values, self.teacher.encoder
         length = encoder.num_tokens(inputs.shape[1:]) / encoder.num_tokens()
         attention = self.flop.get(torch.ops.aten.bmm, 0)
@@ -207,5 +194,5 @@ class DistillationModel(ComposerModel):
         return round((flop - has_targets(batch) * self.teacher_flop) * len(inputs))
 
     def retrieval_baselines(self) -> dict[str, Callable[..., dict[str, Tensor]]]:
-        """Return ``teacher`` → a function that embeds a batch with the teacher, to compare the student with."""
+        """Return ``teacher`` → a function that computes the teacher's embeddings of a batch."""
         return {"teacher": partial(self.compute, partial(self.teacher.embed_all, layer_mean=self.student.layer_mean))}

@@ -1,4 +1,4 @@
-"""Regress the teacher's embedding with the student's: the loss is 1 - cosine similarity.
+"""An objective: 1 minus the cosine similarity of the student's embedding to the teacher's.
 
 Shapes: B inputs, P channels of the embedding.
 """
@@ -16,12 +16,12 @@ LEAST_LENGTH = 1e-3
 
 
 class EmbeddingRegression(Objective):
-    """Regress the direction of the teacher's embedding through an alignment, which the student trains and keeps."""
+    """Regress the direction of the teacher's embedding with an alignment of the student, which is trained."""
 
     class Options(Term):
         weight: Weight = 0.0
-        """Weight of this term in the loss: 1 minus the cosine similarity of the student's embedding to its teacher's. 0
-        leaves the term out; the alignment is then fitted after training instead."""
+        """Weight of the term, which is 1 minus the cosine similarity of the student's embedding to its teacher's; 0
+        leaves the term out."""
 
     def __init__(self, options: Options, teacher: Teacher, student: Backbone) -> None:
         super().__init__(options, teacher, student)
@@ -32,7 +32,7 @@ class EmbeddingRegression(Objective):
         return normalize(self.read_teacher(features))
 
     def regression(self, features: Features, target: Tensor) -> Regression:
-        """Return targets of length 1, and predictions of the one length that fits best; the loss ignores lengths."""
+        """Return the target, (B, P), and predictions, (B, P), which are scaled to one length."""
         prediction = normalize(self.read_student(features))
         length = (prediction * target).sum(dim=1).mean().clamp(min=LEAST_LENGTH)
         return Regression(length.detach() * prediction, target)

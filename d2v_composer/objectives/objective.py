@@ -1,6 +1,6 @@
-"""The base of objectives: terms of the loss, each with its section in a YAML.
+"""The base of objectives, which are terms of the loss.
 
-Shapes: B inputs, T tokens, E extra tokens, N patches or frames, D channels of the teacher, d of a narrower student.
+Shapes: B inputs, T tokens, N patches or frames, D channels of the target, W values in all targets of an input.
 """
 
 from abc import ABC, abstractmethod
@@ -18,7 +18,7 @@ Weight = Annotated[float, Field(ge=0)]
 
 
 class Term(BaseModel):
-    """Fields of an objective's section in a YAML. Runs that began before a field existed resume with its default."""
+    """Fields of an objective's section in a YAML."""
 
     model_config = STRICT
 
@@ -27,16 +27,16 @@ class Term(BaseModel):
 
 
 class Regression(NamedTuple):
-    """An objective's prediction and its target."""
+    """A prediction and its target."""
 
     prediction: Tensor
-    """(B, T, D); (B, N, D) without the extra tokens; for an embedding, (B, D)."""
+    """Prediction of tokens, (B, T, D) or, without the extra tokens, (B, N, D); or of an embedding, (B, D)."""
     target: Tensor
-    """Same shape as ``prediction``, without gradient."""
+    """Target, of the same shape as ``prediction``, without gradient."""
     cls_prediction: Tensor | None = None
     """Prediction of CLS, (B, D), if the loss compares it with the target's mean over the tokens; else ``None``."""
     padding_mask: Tensor | None = None
-    """(B, T) bool: true for tokens that the loss leaves out."""
+    """(B, T) or (B, N) bool: true for tokens that the loss leaves out; ``None`` if no token is left out."""
 
 
 class Outputs(NamedTuple):
@@ -45,8 +45,8 @@ class Outputs(NamedTuple):
     regressions: dict[str, Regression]
     """Name of each objective → its regression."""
     kept_targets: Tensor | None = None
-    """Targets of all objectives, flattened and side by side, (B, W) float16. A later batch with them needs no teacher.
-    ``None`` if the batch already had targets, or if the model keeps none."""
+    """Targets of all objectives, flattened and concatenated, (B, W) float16; ``None`` if the batch had targets, or if
+    the model does not keep targets."""
 
 
 class Objective(nn.Module, ABC):
@@ -56,16 +56,14 @@ class Objective(nn.Module, ABC):
 
     Args:
         options: The term's section in a YAML.
-        teacher: The frozen teacher, which runs once for all objectives.
-        student: The student, which trains.
+        teacher: The frozen teacher.
+        student: The student.
 
     Attributes:
         Options: Fields of the section.
-        head: Maps the student's width to the target's, for this term alone; stored in checkpoints, but not in exported
-            files.
-        compares: ``inputs`` if the loss is a mean over inputs, so that its mean over microbatches and ranks is the loss
-            of the batch. ``microbatch`` if the loss depends on which inputs are together; then a resume must keep the
-            size of a microbatch and the number of ranks.
+        head: A module that trains with the student, and is not part of exported students.
+        compares: ``inputs`` if the loss is a mean over inputs. ``microbatch`` if the loss depends on which inputs are
+            in the same microbatch.
     """
 
     Options: ClassVar[type[Term]] = Term
@@ -79,10 +77,9 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def target(self, features: Features) -> Tensor:
-        """Compute the target of each input from the teacher's features, (B, …).
+        """Compute the target of each input, (B, …), from the teacher's features.
 
-        Whatever depends on the other inputs of a batch belongs in :meth:`regression`: a target may be kept and used
-        with other inputs.
+        The target of an input must not depend on the other inputs.
         """
 
     @abstractmethod
@@ -91,4 +88,4 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, regression: Regression) -> Tensor:
-        """Return the loss of a prediction against its target, a scalar, which is finite for a single input, too."""
+        """Return the loss of a prediction against its target, a scalar, finite also for a single input."""

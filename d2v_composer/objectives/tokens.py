@@ -1,6 +1,6 @@
-"""Regress the mean of the teacher's layers, token by token.
+"""An objective: regress the mean of the teacher's layers, token by token.
 
-Shapes: B inputs, T tokens, D channels of the teacher, d of a student of another width, L layers.
+Shapes: B inputs, T tokens, D channels of the teacher, H rows and W columns of the student's grid.
 """
 
 from typing import Annotated, Any
@@ -24,9 +24,7 @@ CLS_LOSS_WEIGHT = 0.01  # data2vec 2.0's `cls_loss` of the image models
 class LayerRegression(Objective):
     """Regress the mean of the teacher's layers with the student's FFN outputs or its output.
 
-    The head follows each of the student's layers; it is the identity if the student is as wide as the teacher. A
-    student without blocks has a feature map of any size and a pooled feature instead, which a :class:`GridHead` maps to
-    the teacher's tokens. Such a student has no registers, so the target and its statistics leave the teacher's out.
+    The head maps the student's channels to the teacher's; for a timm student, the head is a :class:`GridHead`.
 
     Raises:
         ValueError: An option does not fit the teacher.
@@ -34,12 +32,12 @@ class LayerRegression(Objective):
 
     class Options(TargetOptions, Term):
         prediction: Prediction = "layer_mean"
-        """What the student predicts the target with. ``layer_mean``: the normalized mean of its FFN outputs, as in the
-        thesis's code. ``last_block``: the output of its last block, not normalized."""
+        """Prediction of the target. ``layer_mean``: the normalized mean of the student's FFN outputs. ``last_block``:
+        the output of the student's last block."""
         cls_weight: Annotated[float, Field(ge=0, le=1)] | None = None
-        """Share of CLS in the loss, from 0 to 1; null: 1 / T, as each of the T tokens has."""
+        """Share of CLS in the loss, from 0 to 1; null: the share of every other token."""
         weight: Weight = 1.0
-        """Weight of this term in the loss; 0 leaves it out."""
+        """Weight of the term in the loss; 0 leaves the term out."""
 
     def __init__(self, options: Options, teacher: Teacher, student: Backbone) -> None:
         super().__init__(options, teacher, student)
@@ -75,13 +73,13 @@ class LayerRegression(Objective):
 
 
 class GridHead(nn.Module):
-    """Predict a teacher's tokens from a network's features: CLS from the pooled feature, patches from the grid.
+    """Predict a teacher's tokens from a timm student's features: CLS from the pooled feature, patches from the grid.
 
-    The grid is resized to the teacher's, bilinearly.
+    The grid is resized to the teacher's grid with bilinear interpolation.
 
     Args:
-        encoder: The network, a :class:`~d2v_composer.models.timm_network.TimmBackbone`.
-        teacher: The teacher, of which only the sizes matter: D channels, its grid, and whether it has CLS.
+        encoder: The student's encoder, a :class:`~d2v_composer.models.timm_network.TimmBackbone`.
+        teacher: The teacher.
     """
 
     def __init__(self, encoder: Any, teacher: Teacher) -> None:
@@ -91,7 +89,7 @@ class GridHead(nn.Module):
         self.cls = nn.Linear(encoder.num_pooled, teacher.embed_dim) if teacher.has_cls_token else None
 
     def forward(self, features: Features) -> Features:
-        """Return features with one layer, (B, T, D): CLS, if the teacher has it, and the patches."""
+        """Return features with one layer, (B, T, D): CLS, if the teacher has CLS, and the patches."""
         grid, wanted = self.sizes
         x_BTD = self.patches(features.output)
         if grid != wanted:  # a linear layer of each cell and bilinear weights, which add up to 1, commute
@@ -103,10 +101,9 @@ class GridHead(nn.Module):
 
 
 def regression_loss(regression: Regression, cls_weight: float | None = None) -> Tensor:
-    """Return the mean squared error over all tokens, plus 0.01 × that of ``cls_prediction``.
+    """Return the mean squared error of the tokens, plus 0.01 × the error of ``cls_prediction`` if given: a scalar.
 
-    Padding does not count, and each input counts alike, however short. So the mean of the losses of microbatches of one
-    size, on all ranks, is the loss of the whole batch.
+    Padding does not count, and each input has the same weight.
 
     Args:
         regression: Prediction and target.

@@ -58,7 +58,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "aiff.wav": (encoded(noise(RATE), format="AIFF"), "the format is AIFF, expected one of FLAC, WAV, WAVEX, RF64"),
     "200.wav": (encoded(noise(800, 200), format="WAV"), "it has 200 channels; the limit is 16"),
     "1hz.wav": (encoded(noise(800), 1, "WAV"), "its sample rate is 1 Hz; expected 4000 to 384000 Hz"),
-    "10h.flac": (with_length(FLAC, HOURS), "it is 36,000 s long; the limit is"),
+    "10h.flac": (with_length(FLAC, HOURS), "it is 36,000.00 s long; the limit is"),
     "piped.flac": (with_length(FLAC, 0), "its header states no length; encode it to a file, not to a pipe"),
     "lying.flac": (with_length(FLAC, 2 * RATE), ALLOWED),
     "half.flac": (FLAC[: len(FLAC) // 2], ALLOWED),

@@ -55,7 +55,7 @@ def test_files_that_lie_stop_or_are_skipped(sounds: Path, tmp_path: Path, capsys
     write_files(sounds, {"a/half.flac": half, "b/long.flac": long, "b/silent.flac": encoded_clip(1, 4000, volume=0)})
     problems = {
         "a/half.flac": "cannot decode as a FLAC, WAV, OGG or MP3 file",
-        "b/long.flac": "it is 61 s long; the limit is 60 s",
+        "b/long.flac": "it is 61.00 s long; the limit is 60 s",
     }
     with pytest.raises(InputError, match=r"\A\S+half\.flac: cannot decode .*; --skip-unreadable skips such clips\Z"):
         embed(sounds, tmp_path / "out.npy")
