@@ -35,7 +35,7 @@ class EmbeddingInfo(NamedTuple):
     """Description of a model's embedding."""
 
     of: str
-    """Name of the raw embedding or, for an estimate, of the estimated embedding of the teacher."""
+    """Name of this embedding or, for an estimate, of the estimated embedding."""
     made_by: MadeBy
     width: int
     """Number of channels, P."""
@@ -108,12 +108,12 @@ class Fit(NamedTuple):
     """A fitted linear map."""
 
     weight: Tensor
-    """(P, I) float32."""
+    """Matrix, (P, I) float32."""
     bias: Tensor
-    """(P,) float32."""
+    """Bias, (P,) float32."""
     statistics: dict[str, float]
     """``pairs``: number of pairs; ``ridge``: factor of the squared weights in the penalty; ``r2``: share of the
-    held-out targets' variance that a map fitted to the other pairs explains."""
+    held-out targets' variance that a map fitted to the remaining pairs explains."""
 
 
 class Moments:

@@ -20,8 +20,9 @@ SHORT_SEQUENCE = 100
 def alibi_slopes(num_heads: int) -> Tensor:
     """Return the slope of each head, (H,).
 
-    If H is a power of two, the slopes are the geometric series with first term and ratio 2^(-8/H). Otherwise, they are
-    the series of the next lower power of two, P, then every second slope of the series of 2P, until there are H.
+    If H is a power of two, the slopes are the geometric series with first term and ratio 2^(-8/H). Otherwise, the first
+    P slopes are the series for P, the next lower power of two; the remaining slopes are the first, third, fifth, … of
+    the series for 2P.
     """
 
     def geometric(count: int) -> list[float]:

@@ -116,7 +116,7 @@ class AudioEncoder(Waveforms, Data2Vec2Encoder):
         return self.add_extra_tokens(x_BND + self.positions(x_BND, padding_BN))
 
     def local_features(self, waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Return the convolutions' outputs, projected, (B, N, D)."""
+        """Return the projected outputs of the convolutions, (B, N, D)."""
         x_BCN = self.prepare(waveforms, lengths)[:, None]
         for layer in cast("Any", self.local_encoder["conv_layers"]):
             x_BNC = layer["0"](x_BCN).transpose(1, 2)
@@ -159,7 +159,7 @@ def padding_mask_of(lengths: Tensor, size: int) -> Tensor:
 
 
 class LogMel(nn.Module):
-    """Compute log-mel spectrograms like Kaldi without dither and energy: one whole frame every 10 ms."""
+    """Compute log-mel spectrograms as in Kaldi, without dither and energy, with one whole frame every 10 ms."""
 
     window: Tensor
     filters: Tensor

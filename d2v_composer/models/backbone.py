@@ -131,7 +131,7 @@ class Backbone(nn.Module, ABC):
         return list(self.blocks)
 
     def checkpoint_activations(self, enable: bool = True) -> None:
-        """Recompute activations in the backward pass if ``enable``, else keep them, where a subclass supports this."""
+        """Let the backward pass recompute activations, or keep activations in memory; by default, do nothing."""
 
     @property
     def num_extra_tokens(self) -> int:
@@ -295,7 +295,7 @@ class Backbone(nn.Module, ABC):
             return self.embed_encoded(self.encoder(self.encoder.windows(Inputs(images, lengths))), layer_mean)
 
     def sample_outputs(self) -> tuple[float, ...]:
-        """Return a few numbers from this model's outputs for fixed inputs on a CPU, or none if one is not finite."""
+        """Return a few numbers from the model's outputs for fixed inputs on a CPU; () if the output is not finite."""
         with frozen_use(), torch.autocast("cpu", enabled=False):
             encoder = self.encoder
             features = self.features(encoder(encoder.windows(Inputs(encoder.fixed_inputs(NUM_FIXED_INPUTS)))))

@@ -414,11 +414,12 @@ class TargetOptions(BaseModel):
     """Normalization of each layer in target, prediction and ``layer_mean``. ``instance``: over tokens, as in data2vec
     2.0. ``layer``: over channels. null: ``layer`` if ``student.model`` is set, else ``instance``."""
     final_layer_norm: bool | None = None
-    """End target, prediction and ``layer_mean`` with a LayerNorm. null: for data2vec 2.0 and EAT, as in
-    pre-training; true for other teachers."""
+    """End target, prediction and ``layer_mean`` with a LayerNorm. null: as in pre-training for data2vec
+    2.0 and EAT; true for other teachers."""
     extra_tokens: ExtraTokens = "regress"
     """``regress``: the student regresses CLS and registers like patches. ``drop``: InstanceNorm's statistics and the
-    loss leave out CLS and registers; a loss with weight 0.01 regresses CLS to the target's mean over tokens."""
+    loss leave out CLS and registers; a student with CLS also regresses CLS to the target's mean over tokens, with
+    weight 0.01."""
 
     def num_dropped(self, num_extra_tokens: int) -> int:
         """Return the number of leading tokens that the target leaves out."""
@@ -467,7 +468,7 @@ class TimmNetworkConfig(TimmConfig):
 
 
 class EmbeddingConfig(Config):
-    """Description of a student's embedding, in its file."""
+    """Description of a student's embedding in the student's file."""
 
     raw: RawName  # pyright: ignore[reportInvalidTypeForm]
     """Name of the raw embedding that is the student's embedding if there is no alignment."""

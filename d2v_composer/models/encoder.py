@@ -47,7 +47,7 @@ class Inputs(NamedTuple):
     """If ``values`` are W windows of each clip, (B·W, L): the weight of each window in the clip's embedding, (B, W)."""
 
     def filled_up(self, missing: int) -> "Inputs":
-        """Append ``missing`` inputs of zeros to the batch, and pad clips with lengths to one of a few lengths."""
+        """Append ``missing`` inputs of zeros to the batch; pad clips that have ``lengths`` to one of a few sizes."""
         # A compiled model needs a graph for each length; there are eight lengths from a power of two to the next.
         values, lengths, _ = self
         size, more = values.shape[-1], 0
@@ -61,9 +61,9 @@ class Tokens(NamedTuple):
     """An encoder's output for a batch."""
 
     x: Tensor
-    """(B, T, D)"""
+    """Tokens, (B, T, D)."""
     padding_mask: Tensor | None = None
-    """(B, T) bool, true for padding; ``None``: no token is padding."""
+    """Mask of the tokens, (B, T) bool, true for padding; ``None``: no token is padding."""
     window_weights: Tensor | None = None
     """See :class:`Inputs`."""
     pooled: Tensor | None = None
@@ -254,7 +254,7 @@ class Data2Vec2Encoder(Encoder):
 
 
 def build_alibi(config: EncoderConfig, num_heads: int, num_alibi_heads: int) -> Alibi | None:
-    """Build ALiBi for blocks on this encoder's tokens; ``None`` for 0 ALiBi heads."""
+    """Build ALiBi for blocks on an encoder's tokens; ``None`` for 0 ALiBi heads."""
     if not num_alibi_heads:
         return None
     extra = config.num_extra_tokens

@@ -40,7 +40,7 @@ class Features:
     has_cls_token: bool
     """True if the first extra token is CLS."""
     padding_mask: Tensor | None = None
-    """(B, T), true for padding."""
+    """Mask of the tokens, (B, T) bool, true for padding."""
     window_weights: Tensor | None = None
     """See :class:`~d2v_composer.models.encoder.Inputs`."""
     pooled: Tensor | None = None
@@ -103,7 +103,7 @@ class Features:
         return replace(self, run=lambda _: layers)
 
     def poolings(self, x_BTD: Tensor, prefix: str = "") -> dict[str, Tensor]:
-        """Return ``prefix`` + pooling → pooled tokens, (B, D) float32; the windows of a clip are averaged."""
+        """Return ``prefix`` + pooling → pooled features, (B, channels) float32; the windows of a clip are averaged."""
         x_BTD = x_BTD.float()
         cls_BP = x_BTD[:, 0] if self.pooled is None else self.pooled.float()
         pooled = {"cls": cls_BP} if self.has_cls_token else {}

@@ -28,11 +28,11 @@ PrecisionName = Literal["fp32", "amp_bf16", "amp_fp16"]
 PrecisionChoice = Literal["auto", "fp32", "amp_fp16", "amp_bf16"]
 """``auto``: see :func:`~d2v_composer.models.precision.name_precision`."""
 Prediction = Literal["layer_mean", "last_block"]
-"""What is regressed to the target: norm_mean of the student's FFN outputs, or the last block's output."""
+"""Prediction of the target: the normalized mean of the student's FFN outputs, or the last block's output."""
 Normalization = Literal["instance", "layer"]
 """Normalization of each layer before the average: ``instance``, over tokens, or ``layer``, over channels."""
 TargetSource = Literal["ffn", "block"]
-"""Layers of the target: the teacher's FFN outputs, or its blocks' outputs."""
+"""Layers of the target: the FFN outputs, or the outputs, of the teacher's blocks."""
 ExtraTokens = Literal["regress", "drop"]
 """Treatment of CLS and registers; see :class:`~d2v_composer.models.configs.TargetOptions`."""
 Weights = Literal["model", "ema"]
@@ -40,7 +40,7 @@ Weights = Literal["model", "ema"]
 
 
 def check_choice(name: str, value: object, choices: object) -> None:
-    """Raise ValueError unless the value is one of those in ``choices``, a Literal."""
+    """Raise ValueError unless the value is in ``choices``, a Literal."""
     if value not in get_args(choices):
         raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {short(value)}")
 
@@ -50,7 +50,7 @@ RAW_EMBEDDINGS = [f"{kind}_{pooling}" for kind in get_args(Representation) for p
 
 
 def timm_name(model: str) -> str:
-    """Return the NAME of ``timm/NAME``.
+    """Return NAME, given ``timm/NAME``.
 
     Raises:
         ValueError: The name has another form, or timm has no such model.

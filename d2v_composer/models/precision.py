@@ -28,7 +28,7 @@ class Precision(NamedTuple):
 
 
 def is_equal_but_for_rounding(outputs: Tensor, expected: Tensor) -> bool:
-    """Return True if the outputs differ from the expected outputs by at most ``ROUNDING``, relative to the norm."""
+    """Return True if ``outputs`` differ from ``expected`` by at most ``ROUNDING`` times the norm of ``expected``."""
     return bool((outputs - expected).norm() <= ROUNDING * expected.norm())  # false for NaN
 
 
@@ -66,7 +66,7 @@ def choose_precision(choice: str) -> Precision:
 
 @contextmanager
 def precision_of(dtype: torch.dtype | None, device: str) -> Iterator[None]:
-    """Autocast to a dtype, or with ``None`` not at all, in the ``with`` block; TF32 is off."""
+    """Autocast to a dtype in the ``with`` block, without TF32; ``None``: no autocast."""
     switches: tuple[Any, ...] = torch.backends.cuda.matmul, torch.backends.cudnn
     allowed = [switch.allow_tf32 for switch in switches]
     try:

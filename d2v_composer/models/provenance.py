@@ -43,7 +43,7 @@ def is_teacher_of(record: Json, own: Record) -> bool:
 
 
 def are_of_one_teacher(outputs: Json, expected: Json) -> bool:
-    """Return True if two records of outputs differ by at most ``IDENTITY_TOLERANCE``, relative to the norm."""
+    """Return True if two records of outputs differ by at most ``IDENTITY_TOLERANCE`` times the norm of ``expected``."""
     with suppress(TypeError, ValueError):  # a file's record may hold anything
         return math.dist(outputs, expected) <= IDENTITY_TOLERANCE * math.hypot(*expected)
     return False

@@ -68,7 +68,7 @@ def norm_mean(
 
 
 def average(layers: Iterable[Tensor], final_layer_norm: bool = False) -> Tensor:
-    """Return the mean of layers, (B, T, D), after a LayerNorm if ``final_layer_norm``."""
+    """Return the mean of layers, (B, T, D), followed by a LayerNorm if ``final_layer_norm``."""
     sum_BTD: Tensor | None = None
     num_layers = 0
     for layer_BTD in layers:

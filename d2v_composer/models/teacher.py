@@ -1,6 +1,6 @@
 """The base of teachers, frozen models that compute targets and build students.
 
-Shapes: B inputs, E extra tokens, N patches, T = E + N tokens, D channels.
+Shapes: B inputs, E extra tokens, N patches or frames, T = E + N tokens, D channels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -51,7 +51,7 @@ class Teacher(Backbone, Freezable):
         return self.encoder
 
     def identify(self, weights: Mapping[str, Tensor] | None = None) -> Self:
-        """Record in the provenance a hash of this teacher's weights and preprocessing, and a few of its outputs.
+        """Record in the provenance a hash of the teacher's weights and preprocessing, and a few outputs of the teacher.
 
         A hash that the provenance already has is kept.
 
@@ -127,7 +127,7 @@ class Teacher(Backbone, Freezable):
             init: ``random``, or what to copy from the teacher's first blocks: ``teacher_attention`` or
                 ``teacher_blocks``.
             model: ``timm/NAME``, a timm model whose features have a grid and which takes the teacher's images; the
-                whole model trains. Default: blocks.
+                whole model trains. Default: blocks on :meth:`student_encoder`.
             pretrained: Start from timm's weights of ``model``.
             freeze_copied: Freeze the attention that ``init="teacher_attention"`` copies.
             depth, mlp_ratio, alibi, embed_dim, normalization, final_layer_norm: Fields of

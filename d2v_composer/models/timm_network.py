@@ -29,7 +29,7 @@ def create_network(
     """Build a timm model, by default without its classifier.
 
     Returns:
-        The model, and the options with which ``timm.create_model`` builds it.
+        The model, and the options with which ``timm.create_model`` builds the model.
 
     Raises:
         ValueError: timm has no such model, cannot build it for this image size, or has no weights of it.
@@ -176,7 +176,7 @@ class TimmBackbone(PixelEncoder):
 
 
 class TimmStudent(Backbone):
-    """A student that is a timm model; the whole model is its encoder.
+    """A student whose encoder is a whole timm model.
 
     The raw embedding ``output_cls`` is timm's ``forward_head(…, pre_logits=True)``; ``output_mean`` and
     ``output_mean_patches`` are both the mean of the feature map.

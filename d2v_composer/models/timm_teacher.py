@@ -67,7 +67,7 @@ KINDS: dict[type[nn.Module], Kind] = {
 
 @torch.no_grad()
 def fuse_biases(attention: TimmModule) -> None:
-    """Join the biases of queries, keys and values to one bias."""
+    """Join the biases of queries, keys and values into one bias."""
     if getattr(attention, "q_bias", None) is not None:
         joined = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
         attention.qkv.bias = nn.Parameter(joined, requires_grad=False)
@@ -80,7 +80,7 @@ class TimmBlock(FfnBlock):
     The FFN output is what the MLP branch adds to the residual stream.
 
     Args:
-        block: A block of a supported kind.
+        block: A block of a class in ``KINDS``.
     """
 
     def __init__(self, block: nn.Module) -> None:
