@@ -67,7 +67,7 @@ class Stop:
 
 
 class Checkpoints(Callback):
-    """Save checkpoints, remove old ones, upload the new ones, and stop on a signal.
+    """Save and upload checkpoints, remove old checkpoints, and stop on a signal.
 
     On SIGTERM or SIGINT, the run finishes its batch, saves a checkpoint, and exits with status 143 or 130. A second
     SIGINT, or a signal before the first batch has ended, ends the run at once, without saving.

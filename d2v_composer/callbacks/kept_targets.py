@@ -28,7 +28,8 @@ CHECKSUM = 8  # bytes at the end of a row
 class KeptTargets(Callback):
     """Write each batch's targets to a file, from which later epochs read the targets.
 
-    The teacher runs again for a batch if the file lacks valid targets of a sample. The end of the run deletes the file.
+    The teacher runs again for a batch if the file lacks valid targets of a sample. At the end of the run, the file is
+    deleted.
 
     Args:
         path: The file, in the run's folder.

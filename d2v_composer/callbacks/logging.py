@@ -42,10 +42,10 @@ log = logging.getLogger(__name__)
 
 
 class ProgressLogger(LoggerDestination):
-    """Show on rank 0 the time left and, if logged, the loss, the speed, the data wait and accuracies.
+    """Show on rank 0 the time left, and the logged loss, speed, share of time spent waiting for data, and accuracies.
 
-    :class:`~d2v_composer.callbacks.Throughput` logs the speed and the data wait, and
-    :class:`~d2v_composer.callbacks.ZeroShotRetrieval` logs accuracies.
+    The speed and the share are logged by :class:`~d2v_composer.callbacks.Throughput`, and accuracies of retrieval by
+    :class:`~d2v_composer.callbacks.ZeroShotRetrieval`.
 
     Args:
         bar: True: show a bar on a terminal; False: print a line every ten seconds and at the end.

@@ -51,12 +51,13 @@ class ZeroShotRetrieval(Callback):
     embeddings, (B, D), or a dict of several embeddings by name. If any clips are padded, the second argument is the
     length of each clip without padding, (B,) int64.
 
-    Logged, as numbers from 0 to 1:
+    Logged:
 
-    - ``metrics/{dataset}/{measure}``: the model in the headline embedding;
-    - ``metrics/{dataset}/{baseline}/{measure}``: a baseline;
-    - ``metrics/{dataset}/in_index/{measure}``: the student's queries in the teacher's bank;
-    - ``metrics/mean/top1``: mean of the model's top-1 retrieval accuracies over data sets and banks.
+    - ``metrics/{dataset}/{measure}``: share, from 0 to 1, for the model in the headline embedding;
+    - ``metrics/{dataset}/{baseline}/{measure}``: share for a baseline;
+    - ``metrics/{dataset}/in_index/{measure}``: share for the student's queries in the teacher's bank;
+    - ``metrics/mean/top1``: mean of the model's top-1 retrieval accuracies over data sets and banks;
+    - ``time/zero_shot_retrieval``: duration in seconds.
 
     A measure is ``bank_{train|test}/top{k}``, ``{knn|knn_majority|linear}/top1``, ``agreement@10`` or
     ``{instance|zero_shot}/top{k}``. With ``all_embeddings``, keys that end with ``/{embedding}`` are logged, too.

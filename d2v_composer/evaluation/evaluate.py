@@ -53,12 +53,12 @@ def cost(model: Backbone | Encoder | None, fitted_width: int = 0) -> dict[str, A
 def share_encoders(
     first: Backbone, models: Mapping[str, Backbone], layer_mean: LayerMean, fill_to: int = 0
 ) -> dict[str, Embed]:
-    """Return name → function that embeds a batch, for the models and for the baselines that ``first`` gives.
+    """Return name → function that embeds a batch, for the models and for the baselines.
 
     A shared encoder runs once for each batch, so call all functions under the same autocast.
 
     Args:
-        first: The model whose input and, if the model has blocks after the encoder, encoder are the baselines.
+        first: The model whose input and encoder are the baselines; for a model without blocks, only the input.
         models: Name → model.
         layer_mean: Settings of the embedding ``layer_mean`` of all models.
         fill_to: Number of samples to which smaller batches are filled up; 0: batches keep their size.

@@ -83,7 +83,7 @@ def last_batch(results: Iterable[Result]) -> int:
 
 
 def pivot(results: Iterable[Result], dataset: str) -> dict[Column, dict[str, Result]]:
-    """Return column → title of the row, in the order of tables → the result that tables show for a data set."""
+    """Return column → title of a row → result, for the results that tables show for a data set, in tables' order."""
     columns: dict[Column, dict[str, Result]] = {}
     for result in sorted(results, key=lambda result: (*ROWS, result.row).index(result.row)):
         if result.dataset == dataset and result.is_headline:
@@ -92,7 +92,7 @@ def pivot(results: Iterable[Result], dataset: str) -> dict[Column, dict[str, Res
 
 
 def heading(texts: Mapping[str, str]) -> str:
-    """Return the embedding to name in a table's title, given row → embedding in words; '' if no row names one."""
+    """Return the embedding that a table's title names, given title of a row → embedding in words; '' for none."""
     return next((texts[row] for row in (*GAP[::-1], *texts) if texts.get(row)), "")
 
 
