@@ -22,7 +22,7 @@ from d2v_composer.system.errors import InputError, writing
 from d2v_composer.system.files import check_room
 from d2v_composer.system.ranks import raise_on_all_ranks
 
-CHECKSUM = 8  # bytes at the end of a row
+CHECKSUM = 8  # bytes after the targets of each augmented image
 
 
 class KeptTargets(Callback):
