@@ -1,4 +1,4 @@
-"""List the files of a source, wherever they are, and read each as it was listed."""
+"""List the files of a source, and read a listed file only if it has not changed."""
 
 import os
 import stat
@@ -27,33 +27,33 @@ class Listing(NamedTuple):
     """The files of a source."""
 
     root: str
-    """A folder or an address; an address on the hub has the commit."""
+    """Folder or address to which the files' paths are relative; on the hub, with the commit."""
     files: list[File]
-    """Files with a wanted suffix, sorted."""
+    """The listed files, sorted by path."""
     left_out: Mapping[str, int]
-    """Kind of the other files → their number."""
+    """Kind of files that are left out → their number."""
     is_chosen: bool
-    """True if the user named a file or a glob in ``root``."""
+    """True if the source is a file or a glob, and not a folder."""
 
 
 class FileSnapshot(NamedTuple):
-    """A listed file, or its copy, on this machine. Reading it fails if it has changed since it was listed."""
+    """A listed local file, or the local copy of a listed remote file."""
 
     name: str
-    """Path or address of the file."""
+    """Path or address of the listed file."""
     path: Path
-    """Path of the file, or of its copy."""
+    """Path of the local file or the copy."""
     file: File
-    """The file as listed; if its store has no versions, with the copy's size and inode."""
+    """The file as listed or, if its store reports no version, a description of the copy."""
     expected: File | None
-    """State of ``path`` in the file system, which must not change; ``None`` for a copy of one version, which cannot."""
+    """Description of the file at ``path``, which must not change; ``None`` if changes are not checked."""
 
     @classmethod
     def of(cls, root: str, file: File) -> Self:
-        """Return the snapshot of a listed file, which is fetched first if it is remote.
+        """Fetch a listed file if it is remote, and return its snapshot.
 
         Raises:
-            InputError: The file cannot be fetched, or has changed.
+            InputError: The file is missing, or cannot be fetched in the listed version.
         """
         name = f"{root}/{file.path}"
         path = fetch(name, file.version)
@@ -66,13 +66,13 @@ class FileSnapshot(NamedTuple):
         """Call a function with the opened file, and return its result. A damaged copy is fetched once more.
 
         Args:
-            function: Raises InputError if the content is not what the user wants, any other error if it is damaged.
-            what: Name of the part that is read, which errors append to the file's name.
-            again: True if the copy has been fetched once more.
+            function: Reads the file. An error other than ImportError, InputError and RunError means a damaged file.
+            what: Text that error messages append to the file's name.
+            again: True if the copy has already been fetched once more.
 
         Raises:
-            InputError: The function raised one, or the file is damaged.
-            RunError: The file is no longer the one that was listed.
+            InputError: The function raised InputError, or the file is damaged.
+            RunError: The file has changed since it was listed.
         """
         copied = is_remote(self.name)
         try:
@@ -93,22 +93,22 @@ class FileSnapshot(NamedTuple):
 
 
 def list_files(source: str, suffixes: tuple[str, ...], needs: Mapping[str, str]) -> Listing | None:
-    """List the files of a source that have one of ``suffixes``, and count the others by suffix.
+    """List the files of a source that have one of ``suffixes``, and count the files that are left out.
 
-    Hidden files and folders are left out. Links are followed, but each file and each folder is listed once: under its
-    own name or, if only links lead to it, under the first link's.
+    If the source is a file, its suffix does not matter. Hidden files and folders are left out. Links are followed, but
+    each file is listed only once.
 
     Args:
-        source: A file, a folder or a glob, in which ``**`` stands for any number of folders; local, in a store of
-            :data:`~d2v_composer.system.addresses.STORES`, or hf://datasets/ORG/NAME[@REVISION][/FOLDER].
+        source: A file, a folder or a glob, in which ``**`` stands for any number of folders: a local path, an address,
+            or hf://datasets/ORG/NAME[@REVISION][/FOLDER].
         suffixes: Suffixes in lowercase.
-        needs: Suffix of files that cannot be decoded here → the package that can decode them.
+        needs: See :attr:`Modality.needs <d2v_composer.data.modality.Modality.needs>`.
 
     Returns:
-        The files; ``None`` for a folder in a store that is not one of ``STORES`` or the hub.
+        The listing; ``None`` for a folder or a glob on a server that cannot list its files.
 
     Raises:
-        InputError: The source does not exist or cannot be listed, or a data set on the hub must be named more exactly.
+        InputError: The source cannot be listed, or is ambiguous.
     """
     head, star, _ = source.partition("*")
     root, pattern = source.rstrip("/"), ""
@@ -144,7 +144,7 @@ def list_files(source: str, suffixes: tuple[str, ...], needs: Mapping[str, str])
 
 
 def matched_parts(glob: Sequence[str], parts: Sequence[str]) -> frozenset[int]:
-    """Return how many leading parts of a glob can match a whole path: all such numbers; ``len(glob)`` if it matches."""
+    """Return all numbers n for which the first n parts of a glob match the whole path that has these parts."""
     counts = {0}
     for part in ("", *parts):
         if part:
@@ -155,10 +155,10 @@ def matched_parts(glob: Sequence[str], parts: Sequence[str]) -> frozenset[int]:
 
 
 def _list_disk(root: str, glob: Sequence[str], left_out: Counter[str]) -> Iterator[tuple[File, object]]:
-    """Yield the files in a folder and in those subfolders that may hold files of a glob; links come last.
+    """Yield the files in a folder and in the subfolders in which a glob may match a file; links come last.
 
     Yields:
-        A file, and an object that is equal for all names of the file. Hidden folders are yielded too, but not entered.
+        A file or a hidden folder; and a key that is equal for all names of a file.
 
     Raises:
         OSError: A folder cannot be listed.
@@ -194,15 +194,17 @@ def _list_disk(root: str, glob: Sequence[str], left_out: Counter[str]) -> Iterat
 
 
 def _list_hub(folder: str, suffixes: tuple[str, ...], chosen: str) -> tuple[str, list[File]]:
-    """List the files of a data set on the Hugging Face hub or, if none has a wanted suffix, of the hub's conversion.
+    """List the files of a data set on the Hugging Face hub.
+
+    If a whole data set, without a revision, has no file with a wanted suffix, list the hub's conversion to Parquet.
 
     Args:
         folder: Address of the data set, or of a folder in it.
         suffixes: Suffixes of the wanted files.
-        chosen: The file or the glob that the user gave below ``folder``; '' if there is none.
+        chosen: The file or the glob below ``folder`` that the source names; '' if the source is a folder.
 
     Returns:
-        The address with the commit, and the files.
+        The address of the folder, with the commit; and the files in the folder.
     """
     from huggingface_hub import HfApi
 
@@ -228,7 +230,7 @@ def _list_hub(folder: str, suffixes: tuple[str, ...], chosen: str) -> tuple[str,
     cut = [path for path in wanted if "/partial-" in f"/{path}"]
     if cut and "partial-" not in chosen:
         raise InputError(
-            f"{folder}: the hub has converted only a part of it; to read this part, give "
+            f"{folder}: the hub has converted only a part of this data set to Parquet; to read this part, give "
             f"{folder}/{os.path.dirname(cut[0])}"
         )
     return f"hf://datasets/{repository}@{commit}/{inside}".rstrip("/"), files

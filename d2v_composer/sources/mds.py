@@ -1,8 +1,8 @@
-"""Read MDS, MosaicML Streaming's format, as Streaming 0.13.0 writes it: an index, and the samples of its shards.
+"""Read MDS, the format of MosaicML Streaming: an index, and the samples of its shards.
 
-A shard holds the number of its samples, N; the N + 1 offsets in bytes at which samples begin or end; a description; and
-the samples. A sample holds the sizes in bytes of those columns that have no fixed size, then the columns' values.
-Numbers, offsets and sizes are uint32.
+A shard consists of the number of its samples, N; N + 1 offsets in bytes, at which the samples begin and the last sample
+ends; a description; and the samples. A sample consists of the sizes in bytes of the columns without a fixed size, and
+the values of all columns. Numbers, offsets and sizes are uint32.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ ALIGNMENT_SHARDS = 64
 
 
 class Summary(TypedDict, total=False):
-    """The fields of a conversion's summary that readers use; the file also has the conversion's settings."""
+    """Fields of ``conversion.json``, the file that a conversion writes beside the index."""
 
     classes: list[Json] | None
     lengths: list[int]
@@ -61,12 +61,12 @@ ENCODINGS: dict[str, Callable[[bytes], Stored]] = {
 
 
 class ShardFile(NamedTuple):
-    """An index's entry for a shard's file, uncompressed or compressed."""
+    """The entry of a shard's file in an index."""
 
     basename: str
     bytes: int
     hashes: Mapping[str, str]
-    """Name of an algorithm in hashlib or xxhash → hash of the file's content; may be empty."""
+    """Name of an algorithm of hashlib or xxhash → hash of the file's content, in hexadecimal; may be empty."""
 
     def find_fault(self, path: Path) -> str | None:
         """Return an error message if the file at ``path`` differs from this entry; otherwise ``None``."""
@@ -78,12 +78,12 @@ class ShardFile(NamedTuple):
             ours = algorithm in xxhash.algorithms_available
             digest = getattr(xxhash, algorithm)(content) if ours else hashlib.new(algorithm, content)
             if digest.hexdigest() != self.hashes[algorithm]:
-                return f"{path}: its content has changed ({algorithm})"
+                return f"{path}: the content does not have the {algorithm} hash in the index"
         return None
 
 
 class Shard(NamedTuple):
-    """One shard's entry in an index, checked by :class:`Index`."""
+    """The entry of a shard in an index."""
 
     samples: int
     raw: ShardFile
@@ -93,7 +93,7 @@ class Shard(NamedTuple):
     """Name, size in bytes (``None`` if it varies) and decoder (``None`` if the column is not read) of each column."""
 
     def read(self, path: Path, number: int) -> dict[str, Stored]:
-        """Read the wanted columns of the shard's sample ``number``, from 0, out of the shard's uncompressed file.
+        """Return column → value for a sample of the shard, given the path of its uncompressed file and a number from 0.
 
         Raises:
             OSError: The file cannot be read.
@@ -120,19 +120,18 @@ class Shard(NamedTuple):
 
 
 class Index:
-    """The index of an MDS data set, parsed and checked, with which its samples can be read.
+    """The parsed and checked index of an MDS data set.
 
     Args:
-        folder: The folder of the ``index.json``; for a data set in a store, its cache.
+        folder: The folder that contains ``index.json``; for a data set in a store, the folder that caches it.
         modality: Modality of the samples.
         column: The column that holds the samples; default: the modality's name.
-        labels: The column that holds the labels, if labels are to be read.
-        remote: Address of a data set whose shards are fetched later. Without an address, each shard must be in
-            ``folder``, with the size that the index states.
+        labels: The column that holds the labels; default: no labels.
+        remote: Address of the data set, if it is in a store.
 
     Raises:
-        InputError: The index is missing or corrupt, lists no samples or lacks a column, the column cannot hold such
-            samples, or a shard is missing or has another size.
+        InputError: The index is missing or corrupt, or does not fit the other arguments; or a shard of a local data set
+            is missing or has another size.
     """
 
     def __init__(
@@ -160,15 +159,15 @@ class Index:
 
     @property
     def source(self) -> str:
-        """The address or the folder of the data set."""
+        """Address of a data set in a store; folder of a local data set."""
         return self.remote or str(self.folder)
 
     @cached_property
     def lengths(self) -> NDArray[np.int64] | None:
-        """The lengths of the clips at 16 kHz, (N,), from the summary of their conversion; ``None`` for images.
+        """Lengths of the clips in ``conversion.json``, in samples at 16 kHz, (N,); ``None`` if the samples are images.
 
         Raises:
-            InputError: The summary is missing or corrupt, or does not have N lengths.
+            InputError: ``conversion.json`` cannot be read, or does not have N lengths.
         """
         if not self.modality.has_lengths:
             return None
@@ -182,13 +181,12 @@ class Index:
 
     @cached_property
     def sha256(self) -> str:
-        """The SHA-256 of the data set's content, in hexadecimal; it does not depend on the place and names of files.
+        """SHA-256, in hexadecimal, of the sizes and hashes of the shards and the lengths of clips.
 
-        Local shards for which the index has no hashes are read and hashed; of such shards in a store, only the numbers
-        of samples and bytes count.
+        If the index has no hashes, local shards are read and hashed; shards in a store are hashed by size alone.
 
         Raises:
-            InputError: A shard cannot be read.
+            InputError: A shard or ``conversion.json`` cannot be read.
         """
         shards = progress_bar(self.shards, desc="hashing", unit="shards")
         contents: list[Json] = [(shard.samples, shard.raw.bytes, self._hashes(shard)) for shard in shards]
@@ -197,7 +195,7 @@ class Index:
 
     @property
     def has_hashes(self) -> bool:
-        """True if ``sha256`` depends on every byte of the samples."""
+        """True if ``sha256`` depends on the content of every shard."""
         return self.remote is None or all(shard.raw.hashes for shard in self.shards)
 
     def describe(self) -> Record:
@@ -207,7 +205,7 @@ class Index:
 
     @property
     def _listed_lengths(self) -> list[int]:
-        """The lengths in the summary of a conversion; empty if there is no summary, or none with lengths."""
+        """The lengths in ``conversion.json``; empty if the file or its lengths are missing."""
         path = self.folder / SUMMARY
         return read_json(path, Summary).get("lengths", []) if path.exists() else []
 
@@ -232,7 +230,7 @@ class Index:
         for name, known in wanted.items():
             if name not in encodings:
                 raise InputError(
-                    f"{self.source}: no column {name!r}; the data set has: {', '.join(encodings)}; {CHOOSE}"
+                    f"{self.source}: no column {name!r}; the data set has the columns {', '.join(encodings)}; {CHOOSE}"
                 )
             if encodings[name] not in known:
                 raise InputError(
@@ -260,9 +258,12 @@ class Index:
 
 
 def choose_alignment_samples(index: Index, seed: int, max_samples: int, batch_size: int) -> NDArray[np.int64]:
-    """Return the numbers of the training samples to fit an alignment to, (number of batches, batch size).
+    """Choose at most ``max_samples`` random samples to which an alignment is fitted.
 
-    They come from at most ``ALIGNMENT_SHARDS`` shards, so that a data set in a store is not fetched whole.
+    The samples come from at most :data:`ALIGNMENT_SHARDS` shards.
+
+    Returns:
+        Indices of the samples, (number of batches, samples per batch); ``batch_size`` is the largest batch.
     """
     rng, ends = np.random.default_rng(seed), np.cumsum([shard.samples for shard in index.shards])
     shards, chosen = np.split(np.arange(ends[-1]), ends[:-1]), min(ALIGNMENT_SHARDS, len(ends))
@@ -275,7 +276,7 @@ def choose_alignment_samples(index: Index, seed: int, max_samples: int, batch_si
 
 
 def is_mds(folder: Path) -> bool:
-    """Return True if a folder holds an MDS data set, maybe a damaged one, and not another program's ``index.json``."""
+    """Return True if a folder has an ``index.json`` that lists shards or is no JSON."""
     if not (folder / INDEX).is_file():
         return False
     try:

@@ -1,4 +1,4 @@
-"""List the samples of Parquet files. pyarrow is imported when it is needed."""
+"""List the samples of Parquet files."""
 
 import json
 import os
@@ -34,8 +34,7 @@ def list_samples(snapshot: FileSnapshot, file: BinaryIO, columns: Columns) -> Sa
     """List the rows of a Parquet file as samples.
 
     Raises:
-        InputError: Not exactly one column can hold samples, the column of labels is missing, or a remote file has paths
-            instead of samples.
+        InputError: A column is missing, ambiguous or unsuitable.
         Exception: pyarrow's error, if the file is damaged.
     """
     import pyarrow.parquet
@@ -48,7 +47,7 @@ def list_samples(snapshot: FileSnapshot, file: BinaryIO, columns: Columns) -> Sa
         fits = of_bytes or of_paths
         chosen = [key for key in of_bytes + of_paths if key == column] if column else fits
         if len(chosen) != 1:
-            problem = f"{column} is {types.get(column, 'missing')}" if column else f"{len(fits)} fit"
+            problem = f"{column} is {types.get(column, 'missing')}" if column else f"{len(fits)} columns fit"
             raise InputError(
                 f"{name}: expected one column of {columns.modality.unit}, as bytes or paths; {problem}; "
                 f"columns: {', '.join(types if column else fits or types)}; {CHOOSE}"
@@ -69,7 +68,9 @@ def list_samples(snapshot: FileSnapshot, file: BinaryIO, columns: Columns) -> Sa
                 ids, np.repeat(np.array(means, np.int64), rows), fingerprints, load, labels, class_names
             )
         if is_remote(name):
-            raise InputError(f"{name}: column {chosen[0]!r} holds paths, which are allowed only in a local file")
+            raise InputError(
+                f"{name}: column {chosen[0]!r} holds paths, which are allowed only in a local Parquet file"
+            )
         paths = PackedStrings(path or "" for path in opened.read(chosen)[0].to_pylist())
     files = [File.of(path, folder / path) if os.path.isfile(folder / path) else None for path in paths]
     hashes = np.array([*map(fingerprint_of, files)], np.int64)
@@ -99,7 +100,7 @@ def _load_row(snapshot: FileSnapshot, column: str, starts: list[int], row: int) 
 
 @lru_cache(maxsize=1)
 def _row_group(snapshot: FileSnapshot, column: str, group: int) -> Any:
-    """Read a row group's samples; each process caches the last row group that it read."""
+    """Read the samples of a row group, and cache the last row group."""
     import pyarrow.parquet
 
     def read(file: BinaryIO) -> Any:

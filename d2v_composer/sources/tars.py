@@ -24,11 +24,11 @@ LEAST_ZEROS, MOST_ZEROS = 1 << 10, 1 << 20
 
 
 def list_samples(snapshot: FileSnapshot, file: BinaryIO, columns: Columns) -> SampleListing:
-    """List the samples of a tar, with their labels if ``columns`` names a suffix of labels, otherwise with their paths.
+    """List the samples of a tar, with their labels if ``columns.labels`` is set, otherwise with their paths.
 
     Raises:
-        InputError: A key has several samples, no label or two members of one name, or two samples have the same key.
-        ValueError: The tar is damaged; see :func:`read_tar`.
+        InputError: A sample is ambiguous, or has no label.
+        ValueError, tarfile.TarError: See :func:`read_tar`.
     """
     name, modality = snapshot.name, columns.modality
     left_out, keys, offsets, sizes = Counter[str](), list[str](), array("q"), array("q")
@@ -73,8 +73,8 @@ def read_tar(file: BinaryIO) -> Iterator[tuple[str | None, list[tuple[str, int, 
     """Yield the samples of a tar: adjacent members whose names are equal up to the first dot.
 
     Yields:
-        The key, and the suffix, offset and size in bytes of each member. For members that belong to no sample, the key
-        is ``None``, and their kind replaces the suffix.
+        The key, and the suffix, offset and size in bytes of each member. Members that belong to no sample have the key
+        ``None`` and, in place of the suffix, a description.
 
     Raises:
         ValueError: The tar is damaged, cut, or joined to another, or has a sparse member.

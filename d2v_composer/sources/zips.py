@@ -13,8 +13,8 @@ def list_samples(snapshot: FileSnapshot, file: BinaryIO, columns: Columns) -> Sa
     """List the samples of a zip; see :func:`list_archive`.
 
     Raises:
-        InputError: A sample is encrypted or compressed by a method other than deflate, or two have the same path.
-        ValueError, zipfile.BadZipFile: The zip is damaged, or joined to another.
+        InputError: A sample cannot be read, or two samples have the same path.
+        ValueError, zipfile.BadZipFile: The zip is damaged, or joined to another zip.
     """
     with ZipFile(file) as archive:
         members = archive.infolist()

@@ -146,11 +146,16 @@ TWO_COLUMNS = {"image": [IMAGE], "depth": [IMAGE], "caption": ["a"]}
 @pytest.mark.parametrize(
     ("kind", "contents", "options", "line"),
     [
-        ("parquet", TWO_COLUMNS, "", "expected one column of images, as bytes or paths; 2 fit; columns: image, depth;"),
+        (
+            "parquet",
+            TWO_COLUMNS,
+            "",
+            "expected one column of images, as bytes or paths; 2 columns fit; columns: image, depth;",
+        ),
         ("parquet", TWO_COLUMNS, "--column mask", "mask is missing; columns: image, depth, caption"),
         ("parquet", {"size": [1.0]}, "--column size", "size is double; columns: size"),
-        ("parquet", {"image": [{"file": {"bytes": IMAGE}}]}, "", "0 fit; columns: image; choose"),
-        ("parquet", {"url": ["a"], "text": ["b"]}, "", "2 fit; columns: url, text"),
+        ("parquet", {"image": [{"file": {"bytes": IMAGE}}]}, "", "0 columns fit; columns: image; choose"),
+        ("parquet", {"url": ["a"], "text": ["b"]}, "", "2 columns fit; columns: url, text"),
         ("parquet", {"image": [IMAGE]}, "--label-column label", "no label column 'label'; columns: image"),
         ("parquet", {"image": [IMAGE], "label": [0.5]}, LABELED, "x.parquet#0: its label must be a whole number"),
         ("parquet", {"image": [IMAGE]}, "--split test", "no split 'test'; available: none; omit --split"),
@@ -490,7 +495,7 @@ def test_files_that_do_not_fit_together_are_one_line(tmp_path: Path) -> None:
         converted(tmp_path / "x", tmp_path / "out", "--label-column", "label")
     write_parquet(tmp_path / "x" / "c.parquet", {"photo": [1]})
     with pytest.raises(
-        InputError, match=r"c.parquet: expected one column of images, as bytes or paths; 0 fit; columns: photo"
+        InputError, match=r"c.parquet: expected one column of images, as bytes or paths; 0 columns fit; columns: photo"
     ):
         converted(tmp_path / "x", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -544,7 +549,7 @@ def test_a_store_without_samples_is_one_line(reachable_store: GatedStore, tmp_pa
     reachable_store.client().upload_file(str(tmp_path / "paths.parquet"), "containers-none", "b/paths.parquet")
     for source, line in {
         **{f"{address}/a{rest}": f": no {NAMES}$" for rest in ("", "/*.tar", "/x.tar")},
-        f"{address}/b": ".*column 'path' holds paths, which are allowed only in a local file",
+        f"{address}/b": ".*column 'path' holds paths, which are allowed only in a local Parquet file",
         "sftp://host/a": f": expected {NAMES}, or MDS in a folder ",
     }.items():
         with pytest.raises(InputError, match=f"^{re.escape(source)}{line}"):

@@ -55,9 +55,9 @@ def test_what_the_hub_has_twice_or_not_whole_must_be_named(tmp_path: Path, monke
     (hub / "card" / "main" / "README.md").write_text(card)
     address = "hf://datasets/org"
     refused = {
-        f"cut{bot}": f"has converted only a part of it; to read this part, give {address}/cut{bot}/default/partial-",
-        "cut": f"cut{bot}: the hub has converted only a part of it",
-        f"cut{bot}/default": "has converted only a part of it",
+        f"cut{bot}": f"only a part of this data set to Parquet; to read this part, give {address}/cut{bot}/",
+        "cut": f"cut{bot}: the hub has converted only a part of this",
+        f"cut{bot}/default": "has converted only a part of this",
         "two": f"two{bot} has the configurations a, b; append a glob or one of the folders a/train, b/train$",
         "card": "card has the configurations english, french; append a glob or one of the folders en, fr$",
     }
