@@ -1,1 +1,1 @@
-"""Read and write files of models and runs; read other programs' files without running code."""
+"""Read and write files of models and runs, without running code in the files."""

@@ -169,7 +169,7 @@ def stored_checkpoints(address: str) -> list[str]:
     """Return the names of a run's checkpoints in a store, the newest first; [] if the store has no pointer file.
 
     Raises:
-        InputError: The store cannot be listed, or another program wrote the files at ``address``.
+        InputError: The store cannot be listed, or holds files that are not a run's.
     """
     try:
         names = retry(lambda: list_names(address), address, RETRY_SECONDS)
@@ -186,7 +186,7 @@ def stored_checkpoints(address: str) -> list[str]:
 
 
 def download_checkpoint(address: str, path: Path) -> None:
-    """Download a checkpoint to ``path``, which may exist.
+    """Download a checkpoint to ``path``, where it replaces an older file.
 
     Args:
         address: Address of the checkpoint, or of ``latest-rank0.pt`` in a store for the newest checkpoint.

@@ -149,14 +149,14 @@ def save_student(student: Backbone, out: Path, when_complete: Callable[[], objec
 
 
 def load_student(path: str | Path) -> Backbone:
-    """Load an exported student in eval mode and float32, with its classifier if it was fine-tuned.
+    """Load an exported student, with its classifier if there is one, in eval mode and float32.
 
     Args:
         path: Local path, https:// or object store address of a file of ``d2v export``.
 
     Returns:
         A :class:`~d2v_composer.models.timm_network.TimmStudent` if the student is a whole timm model, else a
-        :class:`~d2v_composer.models.student.Student`. ``provenance`` is the record of the run.
+        :class:`~d2v_composer.models.student.Student`. Its ``provenance`` is the run's record.
 
     Raises:
         InputError: The file does not exist or does not hold a student, or the installed timm computes other outputs.
@@ -323,7 +323,7 @@ def _load_teacher_of(record: Record, path: Path, teacher_path: str | None) -> Te
 
 
 def own_parts(student: Backbone) -> nn.ModuleDict:
-    """Return the parts of a student that are not frozen, whose tensors a run's checkpoint has."""
+    """Return the parts of a student that are not frozen: those whose tensors are in a run's checkpoint."""
     parts = {name: part for name, part in student.named_children() if not getattr(part, "is_frozen", False)}
     return nn.ModuleDict(parts)
 
@@ -342,7 +342,7 @@ def _load_finetuned(checkpoint: Checkpoint) -> Backbone:
 def _build_with_head(
     path: ModelName, sizes: NetworkSizes | StudentSizes, tensors: Tensors, provenance: Record
 ) -> Backbone:
-    """Build a student, with a classifier if ``tensors`` include the weights of one."""
+    """Build a student, with a classifier if ``tensors`` include a classifier's weights."""
     head = {name.removeprefix("head."): tensor for name, tensor in tensors.items() if name.startswith("head.")}
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
     student = build_student(path, sizes, tensors, provenance)

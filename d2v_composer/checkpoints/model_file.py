@@ -58,7 +58,7 @@ class ModelFile(NamedTuple):
     tensors: Tensors
 
     def expect(self, path: str | Path, kind: str) -> None:
-        """Check that the file holds a model of a kind in ``FORMAT_VERSIONS``.
+        """Check that the file holds a model of the kind ``kind``, a key of ``FORMAT_VERSIONS``.
 
         Raises:
             InputError: The file does not hold a model of this kind.
@@ -79,7 +79,7 @@ def write_model_file(
     """Write a model's file, and call ``when_complete`` just before the file appears.
 
     Raises:
-        RunError: The disk is full or fails.
+        RunError: The file cannot be written.
     """
     metadata = {
         "format": f"d2v_composer.{kind}",
@@ -144,7 +144,7 @@ def build_loaded(source: ModelName, build: Callable[[], ModuleT], tensors: Tenso
 
 # To fill some weights on the meta device, torch would import its compiler and sympy for seconds.
 class _Unset(TorchFunctionMode):
-    """Leave the weights of new modules unset."""
+    """A mode in which new modules leave their weights unset."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -247,7 +247,8 @@ def new_student(
         encoder: The teacher's encoder, if the student is to share it; default: a new encoder.
 
     Raises:
-        ValueError: ``sizes`` name a raw embedding that the student lacks, or disagree with ``tensors`` on an alignment.
+        ValueError: ``sizes`` name a raw embedding that the student lacks, or only one of ``sizes`` and ``tensors`` has
+            an alignment.
     """
     student: Backbone
     if isinstance(sizes, StudentSizes):

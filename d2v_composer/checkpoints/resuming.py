@@ -37,7 +37,7 @@ def find_newest(
 ) -> Checkpoint | None:
     """Read a run's newest complete checkpoint, from its local folder or its store; ``None`` if there is none.
 
-    Truncated and corrupt checkpoints are skipped with a warning, and ``latest-rank0.pt`` then points at the returned
+    Truncated and corrupt checkpoints are skipped with a warning. Afterwards, ``latest-rank0.pt`` points at the returned
     checkpoint.
 
     Args:
@@ -47,8 +47,8 @@ def find_newest(
         uploads: Upload the returned checkpoint to the store if the checkpoint was in the local folder.
 
     Raises:
-        InputError: The store cannot be read or holds only foreign files, no checkpoint is complete, a checkpoint is
-            not one of a run, or there are checkpoints although ``resumes`` is false.
+        InputError: The store cannot be read or holds only foreign files, no checkpoint is complete, a file is not a
+            run's checkpoint, or there are checkpoints although ``resumes`` is false.
         Exception: ``accept`` raised an exception.
         RunError: The store cannot be written.
     """

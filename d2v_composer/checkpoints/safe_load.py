@@ -59,7 +59,7 @@ def check_archive(path: Path, kind: type[InputError] = InputError) -> None:
 
     Args:
         path: The file.
-        kind: Class of the error about the file's contents.
+        kind: Class of the error to raise for the file's contents.
 
     Raises:
         InputError: The file cannot be read.

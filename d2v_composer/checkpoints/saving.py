@@ -118,7 +118,7 @@ def check_finite(checkpoint: dict[str, Any]) -> None:
     """Check that the weights and the optimizer's state are finite; all ranks must call this function.
 
     Raises:
-        FloatingPointError: A number is not finite on any rank.
+        FloatingPointError: A number is not finite on at least one rank.
     """
     state = checkpoint["state"]
     tensors = named_tensors({part: state[part] for part in ("model", "optimizers")})

@@ -1,4 +1,4 @@
-"""Convert students to timm's models, and give timm's interface to students that are not timm models."""
+"""Convert students for timm, and give timm's interface to students that are not timm models."""
 
 import copy
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ from d2v_composer.models.provenance import Record
 from d2v_composer.system.errors import InputError, errors_of, reading
 
 NAME = "d2v2_student"
-"""timm's name of the model :class:`TimmWrapper`."""
+"""The name by which timm creates a :class:`TimmWrapper`."""
 # timm's names of poolings.
 POOLINGS = {"token": "cls", "avg": "mean_patches"}
 

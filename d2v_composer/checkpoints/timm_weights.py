@@ -121,7 +121,7 @@ def read_state_dict(file: Path) -> tuple[Tensors, Record]:
 
 
 def load_weights(built: TimmModule, model: str, stored: Tensors) -> bool:
-    """Load a file's tensors into a model through timm's filter, which renames them and resamples positions.
+    """Load a file's tensors into a model after timm's conversion; see :func:`checkpoint_filter`.
 
     Returns:
         True if the model has a head that gives the embedding ``joint``, and the file has the head's weights.

@@ -39,7 +39,7 @@ class Aligned(NamedTuple):
     statistics: dict[str, float]
     """Measures of the alignment; see :attr:`Fit.statistics <d2v_composer.models.alignment.Fit.statistics>`."""
     queries: int
-    """Number of held-out samples that were looked up in the index."""
+    """Number of held-out samples on which ``recall`` is measured."""
     recall: dict[int, float]
     """k → of the k rows nearest to a held-out sample's row, the share that are also among the k rows nearest to the
     sample's aligned embedding, as a mean over the samples. The sample's own row does not count."""

@@ -49,7 +49,7 @@ MOVING = "moving"  # beside the chunks from when OUT was last checked: its files
 
 
 class EmbeddingOptions(NamedTuple):
-    """Settings of embedding."""
+    """Settings for embedding samples."""
 
     embedding: str = EMBEDDING
     """Name of one of the model's embeddings."""

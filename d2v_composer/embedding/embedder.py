@@ -26,7 +26,7 @@ from d2v_composer.system.errors import errors_of
 class Embedder:
     """Embed the images or clips of a table's column; an engine such as Ray Data calls the embedder with batches.
 
-    Each process loads the model at its first batch. In Arrow batches, the types of the new columns are always the same.
+    Each process loads the model at its first batch. The new columns of all Arrow batches have the same types.
 
     Args:
         model: MODEL of ``d2v embed``; every machine must be able to read it.
@@ -66,7 +66,7 @@ class Embedder:
 
         Returns:
             The same kind of batch. For an unreadable sample, the embedding is null; for a readable sample, the error is
-            null. In a dict, the embeddings are an array, (N, D), or a list if a sample is unreadable.
+            null. In a dict, the embeddings are an array, (N, P), or a list if a sample is unreadable.
 
         Raises:
             InputError: The model cannot be used; see :meth:`load`.

@@ -37,12 +37,12 @@ class Found(NamedTuple):
     query: str
     """Name of the query; '' for near-duplicates."""
     rows: Int64Array
-    """Row numbers, (K,): nearest first, or ascending in a group of near-duplicates."""
+    """Indices of the rows, (K,): nearest first, or ascending in a group of near-duplicates."""
     cosines: NDArray[np.floating]
     """Cosine of each row with the query, (K,); in a group of near-duplicates, with the group's first row, after the
     mean of all rows was subtracted."""
     row: int | None = None
-    """Row number of the query, if the query is a row of the index."""
+    """Index of the query's row, if the query is a row of the index."""
 
 
 def embed_queries(

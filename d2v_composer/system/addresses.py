@@ -100,7 +100,10 @@ class RunFolder(NamedTuple):
         text = text.replace("{run_name}", run_name)
         address = Address.parse(text)
         if address.scheme not in ("", *STORES) or not re.fullmatch(r"[\w.-]*", address.bucket):
-            raise ValueError(f"expected a folder or an address in a store ({', '.join(STORES)}), got {text!r}")
+            raise ValueError(
+                f"expected a folder or SCHEME://BUCKET/KEY, with SCHEME one of {', '.join(STORES)} and BUCKET of "
+                f"letters, digits, '.', '_' and '-', got {text!r}"
+            )
         place_to_write(text)
         check_path(address.path)
         return cls(Path(address.path), text.rstrip("/") if address.is_remote else None)
@@ -159,7 +162,7 @@ def file_name(address: str | Path) -> str:
 
 
 def hide_secrets(value: Any) -> Any:
-    """Return a JSON value in whose texts passwords, signatures and possible tokens are hidden."""
+    """Return a text or a JSON value with passwords, signatures and possible tokens hidden."""
     if isinstance(value, str):
         return NAMED.sub(rf"\1{HIDDEN}", _rewrite(value, lambda name: HARMLESS.fullmatch(name) is not None))
     if isinstance(value, Mapping):

@@ -102,7 +102,7 @@ def check_owned(folder: Path | str, names: Iterable[str], mark: str, key: str) -
     Args:
         folder: The folder's path or address.
         names: The names or paths in the folder.
-        mark: Name of a file that only d2v writes there.
+        mark: Name of the file with which d2v marks such a folder as its own.
         key: The setting that chooses the folder, for the error.
 
     Raises:
@@ -197,7 +197,7 @@ def acquire(path: Path, wait: float = 0) -> FileLock | None:
 
 
 def missing_parts(path: Path) -> list[Path]:
-    """Return those of a path and its parent folders that do not exist, from the path upwards."""
+    """Return which of a path and its parent folders do not exist, from the path upwards."""
     return [part for part in (path, *path.parents) if not part.exists()]
 
 
@@ -213,7 +213,7 @@ def release(lock: FileLock, made: Sequence[Path]) -> None:
 
 @contextmanager
 def sole_user(path: Path, wait: float = 0) -> Iterator[bool]:
-    """Hold the lock of :func:`acquire` during the ``with`` block; yield ``False`` if the lock cannot be had."""
+    """Hold the lock of :func:`acquire` during the ``with`` block; yield ``False`` if the lock is not available."""
     new_folders, lock = missing_parts(path), acquire(path, wait)
     try:
         yield lock is not None

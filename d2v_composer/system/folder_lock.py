@@ -17,8 +17,8 @@ class FolderLock:
     """A lock that keeps other runs on this machine out of a run's folder.
 
     Args:
-        folder: The run's folder; if the lock creates the folder and nothing else is written there, releasing removes
-            it.
+        folder: The run's folder. If the lock creates the folder and nothing else is written there, the folder is
+            removed on release.
 
     Raises:
         InputError: Another run uses the folder, the folder holds foreign files or those of a run with another address,

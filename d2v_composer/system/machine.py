@@ -40,7 +40,7 @@ def share_cores() -> None:
 
 
 def describe_machine() -> dict[str, str | int]:
-    """Return the processor, GPU ('' for none), number of cores, memory in GiB and operating system."""
+    """Return the processor, GPU ('' for none), number of available cores, memory in GiB and operating system."""
     import psutil
     import torch  # reads what share_cores sets
 

@@ -106,8 +106,8 @@ def if_interrupted(explain: Callable[[], str | None]) -> Iterator[None]:
     """If a signal ends the process in the ``with`` block, call ``explain`` and print the text that it returns.
 
     Args:
-        explain: Cleans up, perhaps in another thread, and returns the text to print after the signal's name, or
-            ``None``.
+        explain: Function that returns the text to print after the signal's name, or ``None``; it may clean up, and may
+            run in another thread.
     """
     _explanations.append(explain)
     try:

@@ -105,7 +105,7 @@ SLIPS = {
     "train_loader.cache_limit=abc": "train_loader.cache_limit: must be a number of bytes, or a size such as '100gb'",
     "train_loader.local=s3://b/x": "train_loader.local: must be a path on this machine, got 's3://b/x'",
     "retrieval.baselines=[student]": "retrieval.baselines[0]: must be 'pixels', 'log_mel', 'encoder' or 'teacher', got",
-    "save_folder=ftp://x/y": "save_folder: expected a folder or an address in a store (s3, gs, oci, azure, dbfs)",
+    "save_folder=ftp://x/y": "save_folder: expected a folder or SCHEME://BUCKET/KEY, with SCHEME one of s3, gs, oci,",
     "save_folder=runs/{rank}": "save_folder: expected letters, digits, inner spaces, ./@%=+,~-_ and no leading //",
     "save_folder=''": "save_folder: must be one or more printable characters, got ''",
     "run_name=a/b": "run_name: ",
