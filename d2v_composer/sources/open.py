@@ -1,4 +1,4 @@
-"""Open samples wherever they are: in a folder, in MDS, or in files that hold many; local, in a store or on the hub."""
+"""Open the samples of a source: a folder, an MDS data set, or files that hold many samples."""
 
 import csv
 import os
@@ -46,17 +46,16 @@ KAGGLE_LABELS = re.compile(r"LOC_\w+_solution\.csv")
 
 @dataclass(frozen=True)
 class Files:
-    """Files of one kind that hold samples, or are samples.
+    """The files of a source, all of one kind: samples in a folder, or files that hold many samples.
 
     Attributes:
-        root: A folder or an address.
-        files: The files below ``root``.
-        left_out: Kind of the other files → their number.
-        is_chosen: True if the user named a file or a glob.
-        container: Kind of the files; ``None`` if they are samples in a folder.
+        root: Folder or address to which the files' paths are relative.
+        files: The files.
+        left_out: Kind of files that are left out → their number.
+        is_chosen: True if the source is a file or a glob, and not a folder.
+        container: Kind of the files; ``None`` for samples in a folder.
         columns: The columns to read.
-        part: The part to open: some of the files or, if there are fewer files than parts, all of them; then the part
-            only chooses among shards or batches later.
+        part: The part of the source that a command processes.
     """
 
     root: str
@@ -74,7 +73,7 @@ class Files:
 
     @cached_property
     def in_folders(self) -> bool:
-        """True if the folders of samples, also in archives, are splits and classes; of tars, the first decides."""
+        """True if folders, or folders in archives, are splits and classes. The first tar decides for all tars."""
         return not self.has_columns or (self.has_paths and self._have_folders(self._list(self.files[0]).labels))
 
     @property
@@ -88,10 +87,13 @@ class Files:
         return not self.has_columns or (self.has_paths and any("/" in path for path in labels))
 
     def find_splits(self, *names: str) -> dict[str, Any]:  # two forms, which in_folders tells apart
-        """Return, for each split of ``names``, number → path of its samples in folders; otherwise, the split's files.
+        """Find the splits with these names.
+
+        Returns:
+            If :attr:`in_folders` is true, the result of :func:`sort_folders`; otherwise, split → its files.
 
         Raises:
-            InputError: A file's path has the words of several splits.
+            InputError: A file's path names several splits.
         """
         if self.in_folders:
             return sort_folders(self._opened[1], *names)
@@ -100,7 +102,7 @@ class Files:
             words = split_words(file.path, names)
             if len(words.intersection(SPLITS)) > 1:
                 raise InputError(
-                    f"{self.root}/{file.path}: its path names several splits, {listed(sorted(words))}; "
+                    f"{self.root}/{file.path}: the path does not tell whether the split is {listed(sorted(words))}; "
                     "choose files with a glob, and --split none"
                 )
             for word in words:
@@ -112,14 +114,14 @@ class Files:
         return self._opened[0]
 
     def open_split(self, split: str | None, labels: str | Path | None = None) -> Source:
-        """Open the samples of a split. The names of classes are those of the split ``train``, if there is one.
+        """Open the samples of a split.
 
         Args:
-            split: Name of the split; ``none``: all samples; default: ``train``, or all samples if there are no splits.
+            split: Name of the split; ``none``: all samples; ``None``: ``train`` or, without splits, all samples.
             labels: Labels of samples in folders; see :func:`open_source`.
 
         Raises:
-            InputError: There are no samples or no such split, splits or labels are ambiguous, or a file is damaged.
+            InputError: The split is missing or ambiguous, or its samples or labels cannot be read.
         """
         if self.has_paths and split == labels == NONE:
             return self.open()
@@ -153,7 +155,7 @@ class Files:
         return source.with_classes(file_labels, class_names, "each class must be in the train split")
 
     def _open_folders(self, splits: dict[str, dict[int, str]], split: str | None, labels: str | Path | None) -> Source:
-        """Open the samples of a split, or all if there is no such split; the folders in the split are the classes."""
+        """Open the samples of a split or, if ``splits`` lacks the split, all samples."""
         name = split or "train"
         chosen = splits[name if name in splits else ""]
         has_classes = any("/" in path for path in chosen.values())
@@ -193,14 +195,14 @@ class Files:
 
     @cached_property
     def _opened(self) -> tuple[Source, Sequence[Json], Sequence[str]]:
-        """Open all samples, file by file, in each file's order; remote files are fetched first.
+        """Open all samples, file by file.
 
         Returns:
-            The samples; their labels as stored, or their paths if folders are the classes; and, if labels are numbers,
-            the names of the numbers, if known.
+            The samples; their labels as stored or, with :attr:`has_paths`, their paths; and the class names that the
+            first file states.
 
         Raises:
-            InputError: A file cannot be read, a column is missing or ambiguous, or there are no samples.
+            InputError: A file cannot be read or does not fit the columns, or there are no samples.
         """
         modality, columns = self.columns.modality, self.columns
         if not self.has_columns and (columns.samples or columns.labels):
@@ -217,7 +219,9 @@ class Files:
         left_out = sum((Counter(part.left_out) for part in parts), Counter(self.left_out))
         ends = np.cumsum([len(part.ids) for part in parts]).tolist()
         if not (ends[-1] or of_files):
-            where = f" in {len(files)} files" if self.container else f"; supported: {', '.join(modality.suffixes)}"
+            where = (
+                f"; files searched: {len(files)}" if self.container else f"; supported: {', '.join(modality.suffixes)}"
+            )
             raise InputError(f"{self.root}: no {modality.unit}{where}; other files: {name_counts(left_out)}")
         if len({tuple(part.class_names) for part in parts}) > 1 and columns.labels:
             raise InputError(f"{self.root}: its files name the classes of {columns.labels} differently")
@@ -259,14 +263,14 @@ class Files:
 
 
 def sort_folders(paths: Sequence[str], *splits: str) -> dict[str, dict[int, str]]:
-    """Sort samples by the folders of splits, which may lie deeper, in the one folder that holds all samples.
+    """Group samples by split. The folders of splits lie in the deepest folder that holds all samples.
 
     Args:
         paths: The samples' paths.
         splits: Names of splits.
 
     Returns:
-        Split ('' for samples outside of splits) → number of a sample → its path in the split's folder.
+        Split, '' for samples outside of splits → index of a sample → its path in the split's folder.
     """
     common = takewhile(lambda folder: folder.lower() not in splits, os.path.commonprefix([*paths]).split("/")[:-1])  # noqa: RUF071
     start = sum(len(folder) + 1 for folder in common)
@@ -293,23 +297,19 @@ def open_source(
     """Open the samples of a folder, an MDS data set, or files that hold many samples.
 
     Args:
-        source: A folder with an MDS data set or, if ``cache`` is given, the address of one in a store; the samples' ids
-            are then their numbers. Or anything that :func:`find_files` lists; the ids are then paths in a folder, or
-            have the form ``Container.ids``.
+        source: A folder with an MDS data set; with ``cache``, the address of an MDS data set in a store; or a source of
+            :func:`find_files`.
         modality: Modality of the samples.
-        split: See :meth:`Files.open_split`; MDS data sets have no splits.
-        labels: Labels of samples in folders, also folders in archives. ``none``: no labels. ``None``: folders are
-            classes; without folders, labels come from Kaggle's LOC_SPLIT_solution.csv, if there is one (the first word
-            of a cell). Or a CSV file with a sample's path in the source or the split, with or without its suffix, in
-            the first column, and the class in the second. The ground truth file of ILSVRC's devkit is not supported:
-            it has no file names, and its numbers are not in the order of the train folder's classes.
+        split: See :meth:`Files.open_split`; ignored for MDS data sets.
+        labels: Labels of samples in folders. ``none``: no labels. ``None``: class folders or, without class folders,
+            ImageNet's LOC_SPLIT_solution.csv if the source contains the file. Otherwise, a CSV file with a sample's
+            path in the first column, with or without its suffix, and the sample's class in the second.
         column: The column that holds the samples; in tars, the suffix of their files. Default: in MDS, the modality's
             name; otherwise, the only column that can hold samples.
-        label_column: The column that holds the labels; in tars, ``cls`` or ``json:KEY``; default: no labels.
+        label_column: The column that holds the labels, if any; in tars, ``json:KEY`` or a suffix such as ``cls``.
         cache: The folder for the shards of an MDS data set in a store.
         cache_limit: Maximum size of the cache, in bytes; default: no limit.
-        part: Part of the files to open. If there are fewer files than parts, all are opened, and :attr:`Source.part`
-            is set.
+        part: The part of the source that a command processes; see :attr:`Source.part`.
 
     Raises:
         InputError: The source is missing, damaged or ambiguous, has no samples, or does not fit an option.
@@ -323,7 +323,7 @@ def open_source(
         return replace(files, part=part).open_split(split, labels)
     if fetch.is_remote(source) != (cache is not None):
         raise InputError(
-            f"{source}: expected {NAMES}, or MDS in a folder (in a store, only for d2v embed with --local)"
+            f"{source}: expected {NAMES}, or MDS in a local folder; only d2v embed reads MDS in a store, with --local"
         )
     if cache is not None:
         fetch_index(source, cache)
@@ -341,22 +341,22 @@ def find_files(
     split: str | None = NONE,
     kind: str | None = None,
 ) -> Files | None:
-    """List the files of a source, all of one kind: samples in a folder on this machine, or containers of samples.
+    """List the files of a source, all of one kind: samples in a local folder, or files that hold many samples.
 
-    Parquet files beside tars of the same names are img2dataset's tables, and left out.
+    Parquet files that all have the names of tars are left out, because img2dataset writes such tables.
 
     Args:
         source: See :func:`~d2v_composer.sources.listing.list_files`.
         modality: Modality of the samples.
         column, label_column: See :func:`open_source`.
-        split: If there is a folder of this name, only the files in it decide the kind.
-        kind: A container's suffix, or '' for samples; default: whatever is there.
+        split: Name of a split. If the split has a folder, the files in this folder decide the kind.
+        kind: Suffix of a container, or '' for samples in a folder; default: the kind that the source holds.
 
     Returns:
-        The files; ``None`` for an address that has an MDS index, or that is in a store whose files cannot be listed.
+        The files; ``None`` for an MDS data set in a store, or for an address whose files cannot be listed.
 
     Raises:
-        InputError: No file in a store or of a glob fits, files are of several kinds, or they cannot be listed.
+        InputError: The files are missing, are of several kinds, or cannot be listed.
     """
     is_remote = fetch.is_remote(source)
     kinds = {container.suffix: container for container in CONTAINERS if kind in (None, container.suffix)}
@@ -375,9 +375,9 @@ def find_files(
     chosen = [suffix for suffix in suffixes if kind in (None, suffix) and not (suffix == TABLE and tables <= tars)]
     if len(chosen) > 1:
         plurals = [(files, kinds[suffix].plural if suffix else modality.unit) for suffix, files in by_kind.items()]
-        counts = " and ".join(f"{len(files)} {plural}" for files, plural in plurals)
+        counts = " and ".join(f"{plural} ({len(files)})" for files, plural in plurals)
         globs = " or ".join(f"'{listing.root}/**/*{PurePosixPath(files[0].path).suffix}'" for files, _ in plurals)
-        raise InputError(f"{source} holds {counts}; choose the samples by a glob: {globs}")
+        raise InputError(f"{source} holds {counts}; choose one kind with a glob: {globs}")
     if not chosen and (is_remote or kind or "*" in source):
         is_store = not ("*" in source or source.startswith("hf://"))
         if is_store and fetch.exists(f"{listing.root}/{INDEX}"):
@@ -393,7 +393,7 @@ def find_files(
 
 
 def split_words(path: str, splits: Iterable[str]) -> set[str]:
-    """Return the names of splits that are words of a file's name, or else of its folders' names."""
+    """Return the splits that are words of a file's name or, if none is, of the names of its folders."""
     folders, _, name = path.lower().rpartition("/")
     in_name, in_folders = (
         {split for split in splits if re.search(rf"(?<![a-z]){re.escape(split.lower())}(?![a-z])", text)}

@@ -1,10 +1,7 @@
 """Read the samples of an MDS data set, local or in an object store, from verified shards.
 
-All state is in the file system. A shard is present once its final file name exists: it is fetched to a partial file,
-compared with the index, and renamed. Each process verifies a file once, before it first reads it, whoever put it there.
-So any number of processes and runs may share a cache: locks only prevent two of them from fetching the same shard, and
-keep the cache below its limit. The kernel releases the locks of a killed process. A reader whose shard was evicted
-fetches it again.
+Any number of processes and runs may share a cache. A fetched shard gets its final file name only after it is complete
+and matches the index.
 """
 
 import json
@@ -45,17 +42,17 @@ log = logging.getLogger(__name__)
 
 
 def fetch_index(remote: str, local: Path, retry_timeout: float = 0.0) -> None:
-    """Fetch the index of a remote data set, and the summary of its conversion if it has one, into its cache.
+    """Fetch ``index.json`` and, if it exists, ``conversion.json`` of a remote data set to its cache.
 
-    If the store is unreachable, cached files are used, with a warning; shards are verified by the index.
+    If the store is unreachable, the cached files are used, with a warning.
 
     Args:
         remote: The data set's address.
-        local: The cache.
-        retry_timeout: Seconds for which an unreachable store is retried if the file is not cached.
+        local: The folder of the cache.
+        retry_timeout: Seconds for which an unreachable store is retried if a file is not cached.
 
     Raises:
-        InputError: The index is missing or corrupt, the store is unreachable, or ``local`` is another data set's cache.
+        InputError: A file cannot be fetched or is corrupt, or differs from the cached file.
     """
     for name in (INDEX, SUMMARY):
         index, address = local / name, f"{remote.rstrip('/')}/{name}"
@@ -83,16 +80,16 @@ def fetch_index(remote: str, local: Path, retry_timeout: float = 0.0) -> None:
 
 
 class NoRoomError(Exception):
-    """The cache is full of shards that are being fetched."""
+    """The cache has no room for another shard yet."""
 
 
 class Shards:
-    """Samples of an MDS data set, by number.
+    """The samples of an MDS data set, by number from 0.
 
     Args:
-        index: The data set's index. Processes and runs may share the cache of a data set in a store.
+        index: The data set's index.
         cache_limit: Maximum size of the cache, in bytes; default: no limit.
-        timeout: How long an unreachable store is retried, in seconds.
+        timeout: Seconds for which an unreachable store is retried.
 
     Attributes:
         limit: The cache limit in bytes; 0 for no limit.
@@ -107,7 +104,7 @@ class Shards:
         # Its shards would be evicted, and lost.
         if self.limit and Path(index.source).resolve() == self.local.resolve():
             raise InputError(
-                f"cache_limit: needs a remote data set, but {self.local} is the data set itself, not its cache"
+                f"cache_limit: needs a remote data set, but {self.local} holds the data set itself, not a cache"
             )
         if any(shard.zipped for shard in self.shards):
             from streaming.base.compression import decompress  # imports a package for each kind of compression
@@ -122,7 +119,7 @@ class Shards:
         if self.limit and self._room < 4 * self._largest:
             raise InputError(
                 f"cache_limit must be at least {4 * self._largest + self.limit - self._room} bytes, the size of the "
-                f"index and four shards; got {self.limit}"
+                f"index and four of the largest shards; got {self.limit}"
             )
         self._verified: set[int] = set()
         self._ahead: deque[int] = deque()
@@ -131,7 +128,7 @@ class Shards:
             self._remove_abandoned()
 
     def __getitem__(self, sample_id: int) -> dict[str, Stored]:
-        """Return a sample as column → value: images as files' bytes or decoded, clips as files' bytes, and labels.
+        """Return column → value for a sample; see :meth:`Shard.read <d2v_composer.sources.mds.Shard.read>`.
 
         Raises:
             IndexError: There is no such sample.
@@ -153,7 +150,7 @@ class Shards:
                 ) from error
 
     def prepare(self, shard_id: int) -> None:
-        """Fetch and verify a shard, or wait for the thread or process that is fetching it.
+        """Wait until a shard is present and verified; fetch the shard if it is missing.
 
         Raises:
             ShardError: The shard cannot be fetched, or is corrupt.
@@ -165,7 +162,7 @@ class Shards:
             time.sleep(POLL_SECONDS)
 
     def fetch_ahead(self, shard_ids: Iterable[int]) -> None:
-        """Start fetching and verifying shards that will be needed; an error is raised only when the shard is read."""
+        """Start fetching shards in the background; errors are raised when the shards are read."""
         for shard_id in shard_ids:
             if shard_id not in self._ahead and not (shard_id in self._verified and self._paths[shard_id].exists()):
                 self._ahead.append(shard_id)
@@ -186,7 +183,7 @@ class Shards:
                 log.debug("%s", error)  # the reader will meet the same error, and raise it
 
     def _num_ahead(self) -> int:
-        """Return this process's number of prefetch threads: the machine's number, divided among its processes."""
+        """Return the number of prefetch threads for this process."""
         worker = get_worker_info()
         processes = local_ranks() * (worker.num_workers if worker else 1)
         on_machine = max(MIN_AHEAD, min(os.cpu_count() or 1, MAX_AHEAD))
@@ -199,7 +196,7 @@ class Shards:
         return self._locks / PARTIAL.sub("", str(path.relative_to(self.local)))
 
     def _remove_abandoned(self, suffix: str = "") -> None:
-        """Remove the temporary files of killed processes, which no longer hold their locks."""
+        """Remove the temporary files, with this suffix, of killed processes."""
         for left in find_partials(self._known):
             if left.name.endswith(suffix):
                 with sole_user(self._lock_of(left)) as is_abandoned:
@@ -207,7 +204,7 @@ class Shards:
                         left.unlink(missing_ok=True)
 
     def _is_here(self, shard_id: int) -> bool:
-        """Return True if a shard can be read; verify a file that this process has not read yet."""
+        """Return True if a shard can be read; verify each shard once in a process."""
         path = self._paths[shard_id]
         with suppress(FileNotFoundError):
             if shard_id not in self._verified and path.is_file():
@@ -224,12 +221,10 @@ class Shards:
         return False
 
     def _fetch(self, shard_id: int, timeout: float) -> bool:
-        """Fetch and verify a shard, unless another thread or process is fetching it.
-
-        If ``timeout``, in seconds, is not above 0, fetch it even then, to raise the store's own error.
+        """Fetch and verify a shard, with retries for ``timeout`` seconds.
 
         Returns:
-            False if another thread or process is fetching the shard, or the cache has no room until others are fetched.
+            False if another thread or process is fetching the shard, or the cache has no room yet.
         """
         path, shard = self._paths[shard_id], self.shards[shard_id]
         stored = shard.zipped or shard.raw
@@ -248,7 +243,7 @@ class Shards:
             if is_ours and path.is_file() and (fault := shard.raw.find_fault(path)) is not None:
                 log.warning("%s; fetching it again", fault)
                 path.unlink()
-            if not is_ours and timeout > 0:
+            if not is_ours and timeout > 0:  # after the timeout, fetch it, to raise the store's own error
                 return False
             if is_ours and path.is_file():
                 return True
@@ -267,10 +262,10 @@ class Shards:
         return True
 
     def _reserve(self, reservation: Path) -> None:
-        """Make space for a shard by evicting the least recently used ones.
+        """Make room for a shard by evicting the least recently used shards.
 
         Raises:
-            NoRoomError: The cache has no room until other shards are fetched.
+            NoRoomError: The cache has no room yet.
         """
         # Suppressed: another program may remove the cache.
         with suppress(FileNotFoundError), sole_user(self._locks / "room", self.timeout) as is_our_turn:

@@ -1,4 +1,4 @@
-"""Read samples by number from any source, with worker processes."""
+"""Read samples by number from any source, in worker processes or threads."""
 
 import hashlib
 import os
@@ -33,10 +33,7 @@ ResultT = TypeVar("ResultT")
 
 
 class PackedStrings(Sequence[str]):
-    """Strings in one block of memory, which forked workers share; a list's strings would be copied when they are read.
-
-    In a NumPy array, each string would take as much memory as the longest.
-    """
+    """A sequence of strings in one block of memory, which forked processes share."""
 
     def __init__(self, strings: Iterable[str]) -> None:
         encoded = [os.fsencode(string) for string in strings]
@@ -55,21 +52,19 @@ class Source:
     """Samples of one modality in a fixed order, numbered from 0.
 
     Attributes:
-        root: The folder or the address.
+        root: Folder or address of the source.
         modality: Modality of the samples.
-        ids: Names of the N samples below ``root``, such as paths, or their numbers.
-        load: Returns a sample by number as it is stored: a file's bytes, or what a column holds.
-        label: Returns the label of a sample by number; ``None`` without labels.
-        class_names: Name of each class; empty if labels are only numbers.
-        sizes: Approximate number of bytes of each sample, (N,) int64.
-        fingerprints: A number for each sample, (N,) int64, that changes if the sample's file does.
-        content: Hash of the paths, sizes and versions of all files and, in a store, of the address; of an MDS data set,
-            a hash of its content. All parts have the same hash.
-        left_out: Kind of other files → their number.
-        keeps_files: True if a conversion stores what ``load`` returns unchanged.
-        in_folders: True if samples are listed by their paths in a folder or an archive; then a conversion shuffles
-            them.
-        part: The part that a command makes of the shards or batches of these samples.
+        ids: Names of the N samples, such as paths below ``root``; or their numbers in the source, (N,) int64.
+        load: Function that returns a sample as it is stored, given its number.
+        label: Function that returns the label of a sample, given its number; ``None`` without labels.
+        class_names: Name of each label; empty if the names are unknown.
+        sizes: Approximate size of each stored sample, in bytes, (N,) int64.
+        fingerprints: A number for each sample that changes if the listed file changes, (N,) int64.
+        content: Text that identifies the content of the whole source; the same for all parts.
+        left_out: Kind of files that are left out → their number.
+        keeps_files: True if a conversion writes the stored samples without encoding them.
+        in_folders: True if a conversion shuffles the samples.
+        part: The part of these samples that a command processes; ``ALL`` if they already are a part.
     """
 
     root: str
@@ -118,12 +113,12 @@ class Source:
         )
 
     def with_classes(self, names: Sequence[str], class_names: Sequence[str], hint: str) -> Self:
-        """Return the samples with labels: a label is the position of a class in ``class_names``.
+        """Return the source with labels: the position of each sample's class in ``class_names``.
 
         Args:
             names: Name of each sample's class, (N,).
             class_names: Names of all classes.
-            hint: Advice at the end of the error's line.
+            hint: Advice at the end of the error message.
 
         Raises:
             InputError: A sample's class is not in ``class_names``.
@@ -157,11 +152,11 @@ class SampleListing(NamedTuple):
     fingerprints: Int64Array
     load: Callable[[int], bytes]
     labels: Sequence[Json]
-    """Label of each sample; for samples in folders, its path, from which the label is read later."""
+    """Label of each sample, as stored; for samples in folders, the path of each sample."""
     class_names: Sequence[str] = ()
     left_out: Mapping[str, int] = {}
     content: str = ""
-    """Hash of the files to which the paths in a column point; '' if the listed file holds the samples itself."""
+    """Hash of the files whose paths are in a column; '' if no column holds paths."""
 
 
 def open_mds(index: Index, cache_limit: int | None = None) -> Source:
@@ -197,7 +192,7 @@ def whole_label(value: Json, source: str) -> int:
 
 
 def list_folder(root: Path, files: Sequence[File]) -> SampleListing:
-    """Return a folder's given files as samples, each of which is read when it is needed."""
+    """List the given files of a folder as samples."""
     paths = PackedStrings(file.path for file in files)
     fingerprints = np.array([*map(fingerprint_of, files)], np.int64)
     sizes = np.array([file.size for file in files], np.int64)
@@ -220,18 +215,18 @@ def load_listed(folder: Path, paths: PackedStrings, fingerprints: Int64Array, nu
 
 
 def name_counts(left_out: Mapping[str, int]) -> str:
-    """Return the kinds and counts of files that a source leaves out, as text."""
+    """Return the counts and kinds of :attr:`Source.left_out` as text."""
     return ", ".join(f"{count:,} {kind}" for kind, count in left_out.items()) or "none"
 
 
 def worker_options(num_workers: int, prefetch_factor: int, for_gpu: bool, timeout: float = 0) -> dict[str, Any]:
-    """Return DataLoader arguments for workers that prepare batches in advance.
+    """Return arguments of DataLoader for worker processes that prepare batches in advance.
 
-    With 0 workers, this process prepares the batches. It always does so on Windows, which cannot fork, and on macOS,
-    where a process with threads must not fork.
-    ``timeout`` is the number of seconds to wait for a batch; 0 for no limit.
+    On Windows and macOS, and with 0 workers, the calling process prepares the batches. ``timeout`` is the number of
+    seconds to wait for a batch; 0 for no limit.
     """
     options = {"pin_memory": for_gpu}  # pinning creates a CUDA context
+    # Windows cannot fork; on macOS, a process with threads must not.
     if not num_workers or not hasattr(os, "fork") or sys.platform == "darwin":
         return options
     return options | {
@@ -247,11 +242,11 @@ def worker_options(num_workers: int, prefetch_factor: int, for_gpu: bool, timeou
 def map_in_workers(
     function: Callable[[ItemT], ResultT], items: Sequence[ItemT], workers: int, for_gpu: bool = False
 ) -> Iterator[ResultT]:
-    """Yield a function's result for each item, in order, computed ahead by worker processes; a single item needs none.
+    """Yield a function's result for each item, in order, computed by at most ``workers`` processes.
 
     Raises:
-        RunError: A worker was killed, or the machine failed with an OSError.
-        Exception: The function raised it. If it is not an InputError or RunError, its text has the worker's traceback.
+        RunError: A worker was killed, or an OSError was raised.
+        Exception: Any other error of the function.
     """
 
     def call(item: ItemT) -> tuple[Any, Exception | None]:
@@ -276,17 +271,14 @@ def map_in_workers(
 
 
 def map_in_threads(function: Callable[[ItemT], ResultT], items: Sequence[ItemT]) -> Iterator[ResultT]:
-    """Yield a function's result for each item, in order, computed by as many threads as torch may use.
-
-    Decoders, files and hashes release Python's lock. In a worker process, torch uses one thread.
-    """
+    """Yield a function's result for each item, in order, computed by ``torch.get_num_threads()`` threads."""
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for start in range(0, len(items), AHEAD):
             yield from pool.map(function, items[start : start + AHEAD])
 
 
 def fingerprints_of(count: int, *contents: object) -> Int64Array:
-    """Return :attr:`Source.fingerprints` of the ``count`` samples in one file; they change if ``contents`` do."""
+    """Return :attr:`Source.fingerprints` for ``count`` samples, which depend on ``contents``."""
     return fingerprint_of(*contents) + np.arange(count)
 
 
