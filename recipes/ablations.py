@@ -1,4 +1,4 @@
-"""Compare design choices: train every row of a study, and print a table.
+"""Train the runs of a study, and print a table that compares their results.
 
     python recipes/ablations.py
     python recipes/ablations.py yamls/ablations/timm teacher.checkpoint=FILE
@@ -6,9 +6,9 @@
     python recipes/ablations.py --rows "depth 1" --rows "depth 2"      # and the study's first row
     python recipes/ablations.py --images /data/cifar --out /mnt/runs/ablations
 
-A study is a folder with base.yaml, which describes a run, and rows.yaml, whose rows change that run. ``num_images: N``
-in a row trains on CIFAR-10's first N images. Each row is a run of recipes/train.py in its own folder. An interrupted
-run saves, and the same command resumes the study.
+A study is a folder with base.yaml, which describes a run, and rows.yaml, in which each row has a name and settings that
+replace those of base.yaml. ``num_images: N`` in a row trains on CIFAR-10's first N images. Run the same command again
+to resume an interrupted study.
 """
 
 import json
@@ -34,18 +34,17 @@ POLL_SECONDS = 0.5
 
 class Ablations(Command):
     given: Positional[tuple[str, ...]] = ()
-    """The study's folder (default: yamls/ablations/data2vec2), then changes to all its rows, each as key=value."""
+    """The study's folder (default: yamls/ablations/data2vec2), then settings for all rows, each as key=value."""
     images: PlaceHere = Path("datasets")
-    """Folder for CIFAR-10, which is downloaded if missing, and for its shards."""
+    """Folder for CIFAR-10 and its shards; missing files are downloaded."""
     whole: bool = False
-    """Use all of CIFAR-10; default: its first 10,000 training and 2,000 test images."""
+    """Use all of CIFAR-10; default: the first 10,000 training and 2,000 test images."""
     out: PlaceHere | None = None
     """Folder for the runs; default: runs/ablations/ and the study's name."""
     rows: tuple[str, ...] | None = None
-    """A row to train besides the first; may be repeated; default: all rows."""
+    """Name of a row to train besides the first row; may be repeated; default: all rows."""
 
     def run(self) -> None:
-        """Train or resume each row, and print the table."""
         has_study = self.given and "=" not in self.given[0]
         study, changes = (Path(self.given[0]), self.given[1:]) if has_study else (STUDIES / "data2vec2", self.given)
         rows = read_rows(study, self.rows)
@@ -72,13 +71,13 @@ main = Ablations.main
 
 
 def read_rows(study: Path, names: Sequence[str] | None = None) -> dict[str, Mapping[str, Json]]:
-    """Read the first row of a study and those in ``names``; ``None`` reads all rows.
+    """Read the first row of a study and the rows in ``names``; ``None`` reads all rows.
 
     Returns:
-        Name → changes of ``base.yaml``.
+        Name of a row → its settings, in the order of the file.
 
     Raises:
-        InputError: The folder is not a study, or has no such row.
+        InputError: The folder is not a study, or has no row with one of the names.
     """
     from d2v_composer.config.load import read_yaml  # takes seconds
 
@@ -96,10 +95,10 @@ def read_rows(study: Path, names: Sequence[str] | None = None) -> dict[str, Mapp
 
 
 def check_rows(commands: Mapping[str, Sequence[str]], folders: Mapping[str, Path]) -> None:
-    """Check that rows begun by an earlier call have this call's settings.
+    """Check that the runs that an earlier call began have the same settings as in this call.
 
     Raises:
-        InputError: A row has other settings; the message names them.
+        InputError: A setting differs.
     """
     from d2v_composer.config.load import load_config
     from d2v_composer.runs.trainer import build_run_record
@@ -113,10 +112,10 @@ def check_rows(commands: Mapping[str, Sequence[str]], folders: Mapping[str, Path
 
 
 def train_rows(commands: Mapping[str, Sequence[str]], folders: Mapping[str, Path]) -> None:
-    """Train the rows one after another, each in a subprocess. On a signal, the row saves and this command exits.
+    """Train the rows one after another, each in a subprocess.
 
     Raises:
-        InputError: Some rows failed; the others have finished.
+        InputError: A row failed; all other rows have been trained, too.
     """
     problems = []
     for row, command in commands.items():
@@ -143,7 +142,7 @@ def train_rows(commands: Mapping[str, Sequence[str]], folders: Mapping[str, Path
 def train_command(
     study: Path, row: Mapping[str, Json], changes: Sequence[str], folder: Path, images: Path
 ) -> list[str]:
-    """Return the command that trains or resumes a row; the row's changes override ``changes``, which all rows share."""
+    """Return the command that trains or resumes a row; the row's settings replace those in ``changes``."""
     settings = {
         "run_name": folder.name,
         "save_folder": folder.with_name("{run_name}"),
@@ -156,7 +155,7 @@ def train_command(
 
 
 def first_images(images: Path, row: Mapping[str, Json]) -> Path:
-    """Return the folder of the images that a row trains on: ``images``, or the folder of its first ``num_images``."""
+    """Return the folder of the images that a row trains on."""
     return images.with_name(f"cifar10_{row['num_images']}") if "num_images" in row else images
 
 

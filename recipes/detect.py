@@ -1,4 +1,4 @@
-"""Train a detector on the features of a student or timm model, with COCO boxes: train, evaluate, save, report.
+"""Train a detector on the features of a student or a timm model, with boxes in COCO's format.
 
 usage: composer recipes/detect.py FILE.yaml model=PATH [dotted.key=value …]
 
@@ -8,7 +8,7 @@ usage: composer recipes/detect.py FILE.yaml model=PATH [dotted.key=value …]
         dataset.test.images=photos/test dataset.test.annotations=photos/test.json
     composer recipes/detect.py yamls/detect.yaml model=timm/resnet18 pretrained=false run_name=scratch
 
-composer starts a process for each GPU; on one device, python does the same. `d2v fields detection` lists every field.
+composer starts a process for each GPU; python trains in one process. `d2v fields detection` lists every field.
 Run the same command again to resume.
 """
 
@@ -29,7 +29,7 @@ from d2v_composer.runs.detect import detect
 
 
 def main(argv: Sequence[str], callbacks: Sequence[Callback] = ()) -> Trainer:
-    """Train a detector from a YAML and its overrides, with further callbacks."""
+    """Train a detector with the settings in a YAML."""
     return detect(load_detect_config(argv), callbacks)
 
 

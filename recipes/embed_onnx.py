@@ -1,10 +1,10 @@
-"""Embed a folder of images with an exported student, without torch and without this package: a script to copy.
+"""Embed a folder of images with an exported student, without torch and without d2v-composer.
 
 usage: python recipes/embed_onnx.py student.onnx photos embeddings.npy
 
-It needs numpy, onnxruntime and Pillow. The file's metadata say how to prepare images. The embeddings, (N, D), equal
-those of ``d2v embed``, except that pixels of a decoded JPEG may differ by 1 (of 255). The names of the images, (N,), go
-to embeddings.ids.npy. Files that Pillow does not know by their suffix are left out.
+The script needs numpy, onnxruntime and Pillow. student.onnx must take normalized images. embeddings.npy has the
+embeddings, (N, D), and embeddings.ids.npy the names of the images, (N,). Files whose suffix Pillow does not know are
+left out.
 """
 
 import json

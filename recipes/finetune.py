@@ -1,4 +1,4 @@
-"""Fine-tune a classifier from a student, a teacher or a checkpoint: train, evaluate, save, report.
+"""Fine-tune a classifier from a student, a teacher or a training checkpoint.
 
 usage: composer recipes/finetune.py FILE.yaml model=PATH [dotted.key=value …]
 
@@ -8,7 +8,7 @@ usage: composer recipes/finetune.py FILE.yaml model=PATH [dotted.key=value …]
     composer recipes/finetune.py yamls/finetune.yaml model=student.safetensors train_encoder=true \\
         optimizer.layer_decay=0.75 run_name=whole
 
-composer starts a process for each GPU; on one device, python does the same. `d2v fields fine-tuning` lists every field.
+composer starts a process for each GPU; python trains in one process. `d2v fields fine-tuning` lists every field.
 Run the same command again to resume.
 """
 
@@ -29,7 +29,7 @@ from d2v_composer.runs.finetune import finetune
 
 
 def main(argv: Sequence[str], callbacks: Sequence[Callback] = ()) -> Trainer:
-    """Fine-tune a classifier from a YAML and its overrides, with further callbacks."""
+    """Fine-tune a classifier with the settings in a YAML."""
     return finetune(load_finetune_config(argv), callbacks)
 
 

@@ -2,14 +2,14 @@
 
 usage: python recipes/minimal.py
 
-It needs torch, torchvision, safetensors and Streaming. Teacher and student share one frozen encoder, which runs once
-per step; only the student's blocks are trained. At every token, the mean of their normalized FFN outputs regresses the
-mean of the teacher's. A run of d2v_composer ends by fitting a linear map from the student to the teacher's embedding.
+The script needs torch, torchvision, safetensors and Streaming. Teacher and student share one frozen encoder; only the
+student's blocks are trained. At every token, the mean of their normalized FFN outputs regresses the mean of the
+normalized FFN outputs of the teacher's blocks.
 
 Sources: data2vec 2.0 (Baevski et al. 2022, arXiv:2212.07525); ALiBi (Press et al. 2022, arXiv:2108.12409); a thesis
 chapter on distilled unimodal data2vec 2.0 (Tim Cares 2024, github.com/TimCares/MasterThesis).
-Shapes: B images, S pixels a side, E extra tokens (CLS), N patches, T = E + N, D channels, H heads, K = D / H; a bank of
-M images, Q queries; L layers
+Shapes: B images, S pixels a side, E extra tokens (CLS), N patches, T = E + N tokens, D channels, H heads, K = D / H; a
+bank of M images, Q queries; L layers.
 """
 
 import io
@@ -47,7 +47,7 @@ class Images(StreamingDataset):
 
 # 2. The models. Their parameters have fairseq's names, so that its files load. Sizes are those in the teacher's file.
 class Block(nn.Module):
-    """A post-norm transformer block. Beside its output, it returns its FFN output, from which targets are made."""
+    """A post-norm transformer block; returns its output and its FFN output, each (B, T, D)."""
 
     def __init__(self, sizes: dict, mlp_ratio: float) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Block(nn.Module):
 
 
 class Layers(nn.Module):
-    """A LayerNorm, if one is given, then blocks; returns the last block's output and the FFN output of every block."""
+    """A norm, if given, then blocks; returns the last block's output and every block's FFN output."""
 
     def __init__(self, sizes: dict, depth: int, mlp_ratio: float, norm: nn.Module | None = None) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class Teacher(Layers):
 
 
 class Student(Layers):
-    """A few new blocks on the teacher's encoder. Unlike the teacher's, they have ALiBi."""
+    """New blocks with ALiBi, on the teacher's encoder."""
 
     def __init__(self, sizes: dict) -> None:
         super().__init__(sizes, DEPTH, MLP_RATIO)
@@ -138,7 +138,7 @@ def alibi(sizes: dict) -> Tensor:
 
 # 3. The loss, `objectives.tokens` of a YAML: data2vec 2.0's target (section 3), and a prediction made in the same way.
 def norm_mean(ffn_outputs: list[Tensor]) -> Tensor:
-    """Return LayerNorm(1/L Σ_l InstanceNorm(F_l)), (B, T, D): InstanceNorm is per channel, over an image's T."""
+    """Return LayerNorm(1/L Σ_l InstanceNorm(F_l)), (B, T, D): InstanceNorm is per channel, over an image's tokens."""
     mean_BTD = torch.stack([instance_norm(ffn_BTD.mT).mT for ffn_BTD in ffn_outputs]).mean(dim=0)
     return layer_norm(mean_BTD, mean_BTD.shape[-1:])
 
@@ -155,7 +155,7 @@ def step(teacher: Teacher, student: Student, images: Tensor) -> tuple[Tensor, Te
 # 4. Zero-shot retrieval: an image's nearest neighbors, by cosine similarity of CLS, should have its label.
 @torch.no_grad()
 def retrieve(teacher: Teacher, model: nn.Module) -> str:
-    """Look up each test image among the training images, and the reverse; return the top-1 and top-3 accuracies."""
+    """Return the top-1 and top-3 accuracies as text, for a bank of training images and for a bank of test images."""
     embedded = {}
     for split in ("train", "test"):
         loader = DataLoader(Images(split), batch_size=256)

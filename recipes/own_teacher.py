@@ -1,9 +1,9 @@
-"""Distill from your own module: replace ``Tokens``, and the source, license and options in ``load``, with yours.
+"""Distill a student from your own module: replace ``Tokens``, and the arguments of ``FrozenModel``.
 
 usage: python recipes/own_teacher.py [dotted.key=value …]
 
-It distills the quickstart's images from a ViT with random weights. The same command resumes an interrupted run,
-and refuses a teacher whose outputs have changed.
+In this example, the teacher is a ViT with random weights, and the images are the quickstart's. Run the same command
+again to resume an interrupted run.
 """
 
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ from d2v_composer.system import command_line
 
 
 class Tokens(torch.nn.Module):
-    """Any module that maps images to tokens can teach."""
+    """A module that maps images to tokens."""
 
     def __init__(self) -> None:
         super().__init__()
         self.vit: Any = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return (B, 17, 192), CLS and then the patches row by row, of normalized images, (B, 3, 32, 32)."""
+        """Return the tokens of normalized images, (B, 3, 32, 32): CLS, then patches row by row, (B, 17, 192)."""
         return self.vit.forward_features(images)
 
 

@@ -1,12 +1,11 @@
-"""Try a run before it starts, with its own arguments: permissions, a small run, SIGTERM, resume, export.
+"""Try a run before it starts: check the data, train a few batches, stop, resume and export.
 
 usage: composer recipes/preflight.py FILE.yaml [dotted.key=value …]
 
     composer recipes/preflight.py yamls/quickstart.yaml
     composer recipes/preflight.py yamls/distill.yaml train_loader.remote=s3://BUCKET/imagenet/train
 
-It prints a table of checks and what the whole run will need, and removes its files. The exit status is 0 if all checks
-passed.
+The program prints a table of checks and, if all pass, what the whole run will need. The exit status is 0 if all pass.
 """
 
 import shlex
@@ -27,12 +26,12 @@ from d2v_composer.system.errors import InputError
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run the preflight in the first process, which launches the rehearsal's ranks; the other processes return."""
+    """Run the preflight in the process with local rank 0; the other processes return."""
     if dist.get_local_rank() != 0:
         return
     train, ranks = Path(__file__).with_name("train.py"), dist.get_local_world_size()
     if dist.get_world_size() > ranks:
-        raise InputError(f"the preflight runs on one node: composer -n {ranks} recipes/preflight.py FILE.yaml …")
+        raise InputError(f"the preflight must run on one node: composer -n {ranks} recipes/preflight.py FILE.yaml …")
     if not preflight(argv, load_config(argv, needs_data=True), train):
         sys.exit(1)
     command_line.print_next(shlex.join(["composer", "-n", str(ranks), str(train), *argv]))

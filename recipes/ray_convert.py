@@ -1,12 +1,11 @@
-"""Convert images to MDS on a Ray cluster, as d2v convert-images does on one machine.
+"""Convert images to MDS shards on a Ray cluster.
 
     pip install -e '.[ray]'
     python recipes/ray_convert.py s3://bucket/tars s3://bucket/shards --resize 256
 
 usage: ray_convert.py SOURCE OUT [options of d2v convert-images]
 
-Every machine must reach SOURCE and OUT. If a machine is lost, another makes its parts again. If this command is killed,
-run it again to convert the missing parts.
+Every machine must reach SOURCE and OUT. Run the same command again to resume an interrupted conversion.
 """
 
 import sys
@@ -29,7 +28,7 @@ def convert(command: Sequence[str]) -> None:
 
 
 def main(*argv: str) -> None:
-    """Convert the missing parts, and merge all."""
+    """Convert the missing parts, and merge all parts."""
     commands = ([*argv, "--workers", "1", "--part", f"{part}/{PARTS}"] for part in range(PARTS))
     remote = ray.remote(convert)
     ray.get([remote.remote(command) for command in commands])

@@ -7,10 +7,10 @@
 
 usage: ray_embed.py MODEL SOURCE OUT [COLUMN]
 
-SOURCE is a folder of images or clips, of Parquet files (COLUMN holds the samples) or of WebDataset tars (COLUMN is the
-samples' suffix). OUT is a new folder of Parquet files with SOURCE's rows in any order: the columns embedding and error
-replace the samples. The column path names a row's file, or __key__ its sample in a tar; rows of Parquet files need an
-id of their own. Every machine must reach MODEL, SOURCE and OUT. The cluster needs at least two cores.
+SOURCE is a folder of images or clips, of Parquet files or of WebDataset tars. COLUMN names the column of the samples in
+Parquet files or, with a dot, the suffix of the samples in tars. OUT is a new folder of Parquet files with the rows of
+SOURCE in any order: the columns embedding and error replace the samples. Files have the column path, tars the column
+__key__. Every machine must reach MODEL, SOURCE and OUT. The cluster needs at least two cores.
 """
 
 import sys
@@ -32,7 +32,7 @@ from d2v_composer.system.fetch import fetch
 
 
 def read_samples(tar: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """Yield a tar's samples: the key, and the content of each member under its suffix."""
+    """Yield a dict for each sample of a tar: ``__key__`` → key, and suffix → bytes for each file of the sample."""
     with reading(tar["address"]), fetch(tar["address"], tar["version"]).open("rb") as file:
         for key, members in read_tar(file):
             sample: dict[str, Any] = {"__key__": key}

@@ -1,4 +1,4 @@
-"""Distill a student in a plain Composer script over Streaming's own StreamingDataset. The same command resumes.
+"""Distill a student in a plain Composer script with a StreamingDataset. The same command resumes the run.
 python recipes/stock.py  # after: pip install -e '.[train,tensorboard]'; --max-duration 20ba: 4 CPU minutes (Intel Xeon)
 composer -n 2 recipes/stock.py --remote s3://BUCKET/images --local /tmp/cache --save-folder s3://BUCKET/run
 """
@@ -26,12 +26,14 @@ from d2v_composer.checkpoints.load import save_student
 
 parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
 parser.add_argument("--teacher", default="yamls/quickstart/teacher.safetensors", help="a data2vec 2.0 checkpoint")
-parser.add_argument("--remote", help="images as MDS shards in a store; without it, they are in --local")
-parser.add_argument("--local", default="yamls/quickstart/cifar10/train", help="the shards, or their cache")
-parser.add_argument("--labeled", default="yamls/quickstart/cifar10", help="labeled images for the retrieval")
-parser.add_argument("--save-folder", default="runs/stock", help="for checkpoints: a folder, or an address in a store")
+parser.add_argument("--remote", help="address of MDS shards of images; default: the shards are in --local")
+parser.add_argument(
+    "--local", default="yamls/quickstart/cifar10/train", help="folder of the shards, or cache of --remote"
+)
+parser.add_argument("--labeled", default="yamls/quickstart/cifar10", help="folder of labeled images")
+parser.add_argument("--save-folder", default="runs/stock", help="folder or address for checkpoints")
 parser.add_argument("--out", default="runs/stock_results", help="folder for TensorBoard and the student")
-parser.add_argument("--max-duration", default="600ba", help="length of the run, in batches of 32 images or epochs")
+parser.add_argument("--max-duration", default="600ba", help="batches (ba) of 32 images, or epochs (ep)")
 parser.add_argument("--interval", default="200ba", help="time between checkpoints, and between retrievals")
 
 

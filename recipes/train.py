@@ -1,4 +1,4 @@
-"""Distill a student: train, save checkpoints, measure retrieval and write a report.
+"""Distill a student with the settings in a YAML.
 
 usage: composer recipes/train.py FILE.yaml [dotted.key=value …]
 
@@ -6,9 +6,8 @@ usage: composer recipes/train.py FILE.yaml [dotted.key=value …]
     composer recipes/train.py yamls/quickstart.yaml run_name=longer max_duration=10ep student.depth=2
     composer recipes/train.py yamls/distill.yaml train_loader.remote=s3://BUCKET/imagenet/train
 
-composer starts a process for each GPU; on one device, python does the same. `d2v fields training` lists every field.
-Run the same command again to resume. recipes/preflight.py tries a run in minutes. d2v_composer/runs/distill.py
-shows the run from top to bottom.
+composer starts a process for each GPU; python trains in one process. `d2v fields training` lists every field.
+Run the same command again to resume an interrupted run.
 """
 
 from d2v_composer.commands.train import train as main

@@ -1,13 +1,12 @@
-"""Take a run from its preflight to its exported student: what a scheduler starts, and starts again.
+"""Try, train and export a run, under a scheduler that may stop and restart the program.
 
 usage: python recipes/launch/run.py FILE.yaml save_folder=s3://… [dotted.key=value …]
 
     IMAGENET=s3://BUCKET/imagenet/train python recipes/launch/run.py yamls/distill.yaml save_folder=s3://BUCKET/runs/distill
 
-It runs recipes/preflight.py unless the run has begun, then recipes/train.py, each on all GPUs of this machine, and
-exports the student into save_folder, beside checkpoints, log and report. After SIGTERM, the run saves, and the exit
-status is 143; the same command then resumes, on any machine. Other statuses are those of the first recipe that failed.
-slurm.sh and kubernetes.yaml start this program.
+The program runs recipes/preflight.py, unless the run has begun, and recipes/train.py, each on all GPUs of this machine.
+Then the program exports the student to save_folder. After SIGTERM, the training saves a checkpoint, and the exit status
+is 143; run the same command again to resume. slurm.sh and kubernetes.yaml start this program.
 """
 
 import subprocess
@@ -38,10 +37,10 @@ POLL_SECONDS = 0.5
 
 
 def main(argv: Sequence[str]) -> None:
-    """Rehearse, train and export, each unless it is done."""
+    """Run the preflight unless the run has begun, then train and export the student."""
     folder = load_config(argv).run_folder
     if folder is None:
-        raise InputError("save_folder: must be set, because a rescheduled run resumes from there")
+        raise InputError("save_folder: must be set, because a restarted run resumes from this folder")
     if MARK not in names_in(str(folder)):
         run_on_all_gpus("preflight.py", argv)
     run_on_all_gpus("train.py", argv)
@@ -56,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def run_on_all_gpus(recipe: str, argv: Sequence[str]) -> None:
-    """Run a recipe with Composer's launcher; exit with its status if it fails, or after a signal, once it has saved."""
+    """Run a recipe with Composer's launcher, and exit with the launcher's status if the recipe fails."""
     command = [sys.executable, "-m", "composer.cli", str(RECIPES / recipe), *argv]
     with if_interrupted(lambda: "the same command resumes"):
         defer_signals()
@@ -71,7 +70,7 @@ def run_on_all_gpus(recipe: str, argv: Sequence[str]) -> None:
 
 
 def stop(launcher: "subprocess.Popen[bytes]") -> None:
-    """Send SIGTERM to the ranks: Composer's launcher, which passes it on, would kill them 30 seconds later."""
+    # Composer's launcher would pass SIGTERM on to the ranks, and kill the ranks 30 seconds later.
     with suppress(psutil.NoSuchProcess):
         process = psutil.Process(launcher.pid)
         for rank in process.children() or [process]:
