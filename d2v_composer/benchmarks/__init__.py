@@ -1,4 +1,4 @@
-"""Measure programs that take turns in one process; each subcommand of ``d2v benchmark`` has a module."""
+"""Measure the speed of programs that take turns in one process."""
 
 import os
 import time
@@ -55,7 +55,7 @@ def measure_speeds(
     device: str,
     autocast_dtype: torch.dtype | None,
 ) -> dict[int, dict[str, float]]:
-    """Return batch size → model → samples per second, the median over rounds; in a round, models take turns."""
+    """Return batch size → name of a model with parameters → samples per second, the median over rounds."""
 
     def apply(embed: Embed, batch: Tensor) -> object:
         return embed(batch[:])  # a new tensor: models share tokens of the same one
@@ -78,7 +78,7 @@ def measure_speeds(
 def result_of(
     setting: Mapping[str, Json], unit: str, rates: Mapping[str, Rates], compared: Sequence[tuple[str, str]]
 ) -> Record:
-    """Return a benchmark's result for JSON; a ratio is the median over rounds, as slow rounds slow both programs."""
+    """Return a benchmark's result for JSON; the ratio of two programs' speeds is the median over rounds."""
     return {
         **setting,
         "machine": describe_machine(),
@@ -93,7 +93,7 @@ def result_of(
 
 
 def format_result(result: Mapping[str, Json]) -> str:
-    """Format :func:`result_of`'s result: the setting, the table and the ratios."""
+    """Return a result of :func:`result_of` as text: the setting, the table and the ratios."""
     settings = [f"{name}: {value}" for name, value in result.items() if name not in ("unit", "rows", "ratios")]
     rows = [[row["name"], *(f"{of(row['rates']):,.2f}" for of in (np.median, min, max))] for row in result["rows"]]
     ratios = [f"{pair['what']}: {pair['ratio']:.2f}" for pair in result["ratios"]]

@@ -1,7 +1,6 @@
-"""Measure how fast training images arrive, from this package's loader and from torchvision's ImageFolder.
+"""Measure the images per second of this package's training loader, and of a loader with torchvision's ImageFolder.
 
-Each loader reads all images in every pass and delivers them in batches through a torch DataLoader. A pass is a
-whole epoch; worker processes persist between passes. After the warm-up pass, all files are in the page cache.
+A pass is an epoch, in which each loader delivers all images.
 """
 
 import random
@@ -48,7 +47,7 @@ def benchmark(
     remote: str | None,
     repeats: int,
 ) -> Record:
-    """Write the images as shards, and return each loader's images per second.
+    """Measure the images per second of each loader; the arguments are the options of ``d2v benchmark data``.
 
     Raises:
         InputError: The folder cannot be read.
@@ -85,10 +84,7 @@ def benchmark(
 
 
 def make_photos(folder: Path, num_images: int) -> Path:
-    """Write random crops of scikit-image's photographs, at ImageNet's image sizes, as JPEGs in one class folder.
-
-    The photographs come with scikit-image, so no network is needed.
-    """
+    """Write random crops of scikit-image's photographs as JPEGs in one class folder; return ``folder``."""
     from skimage import data
 
     arrays = (data.astronaut(), data.chelsea(), data.coffee(), data.rocket(), data.stereo_motorcycle()[0])
@@ -138,7 +134,7 @@ def take_all(loader: Iterable, num_images: int) -> None:
     """Read every batch of one epoch.
 
     Raises:
-        RuntimeError: The loader delivers another number of images, or images of another size.
+        RuntimeError: The loader does not deliver ``num_images`` images of the expected size.
     """
     count, images = 0, torch.empty(0)
     for batch in loader:
@@ -146,5 +142,5 @@ def take_all(loader: Iterable, num_images: int) -> None:
         count += len(images)
     if (count, *images.shape[1:]) != (num_images, 3, IMAGE_SIZE, IMAGE_SIZE):
         raise RuntimeError(
-            f"expected {num_images} images of {IMAGE_SIZE} px, got {count}; the last batch is {tuple(images.shape)}"
+            f"expected {num_images} images of {IMAGE_SIZE} px, got {count}; the last batch is of shape {tuple(images.shape)}"
         )

@@ -18,11 +18,11 @@ TIES = 1e-3
 
 
 def benchmark(*, bank: int, queries: int, dim: int, k: int, repeats: int) -> Record:
-    """Measure queries per second of each search, on the same random vectors; faiss uses the CPU.
+    """Measure the queries per second of each search; the arguments are the options of ``d2v benchmark retrieval``.
 
     Raises:
         InputError: ``k`` is more than ``bank``.
-        RuntimeError: faiss finds other neighbors.
+        RuntimeError: The searches find different neighbors.
     """
     if k > bank:
         raise InputError(f"--k: must be at most --bank {bank}, got {k}")
@@ -41,7 +41,7 @@ def benchmark(*, bank: int, queries: int, dim: int, k: int, repeats: int) -> Rec
 
 
 def multiply(bank_ND: Tensor, queries_QD: Tensor) -> None:
-    """Multiply every query by every bank vector, and keep nothing: the least work of any search."""
+    """Multiply every query by every bank vector, and discard the products."""
     buffer = bank_ND.new_empty(len(queries_QD), PRODUCT_PART)
     with precision_of(None, bank_ND.device.type):
         for part in bank_ND.split(PRODUCT_PART):
@@ -49,7 +49,7 @@ def multiply(bank_ND: Tensor, queries_QD: Tensor) -> None:
 
 
 def search_with_faiss(bank_ND: Tensor, queries_QD: Tensor, k: int) -> Tensor:
-    """Return the indices of each query's k nearest vectors of the bank, (Q, k), found by faiss's brute force."""
+    """Return the indices of each query's k nearest vectors of the bank, (Q, k), found by faiss."""
     import faiss
 
     index = faiss.IndexFlatIP(bank_ND.shape[1])
@@ -58,7 +58,7 @@ def search_with_faiss(bank_ND: Tensor, queries_QD: Tensor, k: int) -> Tensor:
 
 
 def check_neighbors(theirs: Tensor, ours: Tensor) -> None:
-    """Check that two searches find the same neighbors, (Q, k), apart from a few ties in float32.
+    """Check that two searches find nearly the same neighbors, (Q, k).
 
     Raises:
         RuntimeError: More than ``TIES`` of the neighbors differ.

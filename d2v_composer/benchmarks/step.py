@@ -1,9 +1,8 @@
-"""Measure a training step: a naive program and this package's, eager and compiled, interleaved in one process.
+"""Measure a training step of this package, eager and compiled, and the same step of a naive program.
 
-A step is what Composer's Trainer does with a loaded batch: forward, backward, clipping, AdamW. ``trainer`` runs
-``ours`` in the Trainer itself, with distill.yaml's algorithms, callbacks and JSON lines: the difference is what the
-Trainer costs. All programs start from the same weights and must find the same loss. The yardstick is a matrix product
-of the MLP's shape on the same device: the images/s of a step whose FLOP were all in such products.
+A step is a forward pass, a backward pass, gradient clipping and AdamW, on a batch in memory. The program ``trainer``
+takes the step in Composer's Trainer, with the settings of distill.yaml. The speed of the matrix product is the number
+of images per second that a step would reach at the FLOP/s of this product.
 """
 
 import copy
@@ -67,12 +66,10 @@ def benchmark(
     trace: Path | None,
     overrides: Sequence[str],
 ) -> Record:
-    """Measure the images per second of each program.
-
-    The arguments are the options of ``d2v benchmark step``.
+    """Measure the images or clips per second of each program; the arguments are the options of ``d2v benchmark step``.
 
     Raises:
-        InputError: There is no compiler, or ``overrides`` name a student.
+        InputError: A setting is wrong, or torch.compile lacks a compiler.
         RuntimeError: The programs compute different losses.
     """
     on_gpu = torch.cuda.is_available()
@@ -86,7 +83,7 @@ def benchmark(
     )
     check_compiler(config.compile)
     if config.student.model is not None:
-        raise InputError(f"student.model: must be null, got {config.student.model}: --size names the models")
+        raise InputError(f"student.model: must be null, got {config.student.model}; --size chooses the models")
     torch.manual_seed(0)
     model = build_model(size)
     encoder = model.teacher.encoder
@@ -125,7 +122,7 @@ def benchmark(
 def build_run(
     name: str, model: DistillationModel, config: TrainConfig, images: Tensor, steps: int, at_end: ExitStack
 ) -> Callable[[int], Tensor]:
-    """Return a function that trains a program for a number of steps and returns the last loss, a scalar.
+    """Return a function that trains for a number of steps and returns the last loss, a scalar.
 
     Args:
         name: Name of the program.
@@ -133,7 +130,7 @@ def build_run(
         config: Config of the training.
         images: The batch of every step.
         steps: Number of batches in an epoch of the Trainer.
-        at_end: Closes the Trainer when this stack is closed.
+        at_end: Stack to which the closing of the Trainer is added.
     """
     dtype = PRECISIONS[config.precision]
     if name == NAIVE:
@@ -181,7 +178,7 @@ def in_trainer(
 
 
 def profile_steps(run: Callable[[int], Tensor], trace: Path | None) -> Record:
-    """Profile three steps: names of attention kernels; GPU kernels and GPU ms per step; peak GPU memory in GB."""
+    """Profile a few steps, write the profile to ``trace`` if given, and return numbers from the profile by name."""
     with profile() as profiler:
         run(PROFILED_STEPS)
     events = profiler.key_averages()
@@ -198,7 +195,7 @@ def profile_steps(run: Callable[[int], Tensor], trace: Path | None) -> Record:
 
 
 def build_model(size: str) -> DistillationModel:
-    """Build a teacher with random weights, and the thesis's student for it."""
+    """Build a teacher of a size in ``SIZES``, with random weights, and a student for this teacher."""
     config, student_depth = SIZES[size]
     teacher = Data2Vec2(config)
     init_linear_layers(teacher)
@@ -206,11 +203,7 @@ def build_model(size: str) -> DistillationModel:
 
 
 def naive_loss(teacher: Any, student: Any, images: Tensor) -> Tensor:
-    """Compute the loss of a batch of images without any optimization.
-
-    Teacher and student each run an encoder, keep every layer's output, and compute attention in eager mode. The
-    prediction is the ``layer_mean`` of all tokens.
-    """
+    """Compute the loss of a batch, a scalar, without a shared encoder, fused attention or other optimizations."""
     with patch.object(attention, "attend", attend):
         with torch.no_grad():
             _, layers = teacher.forward_blocks(teacher.encode(images))
@@ -234,7 +227,7 @@ def norm_mean(layers: list[Tensor], final_layer_norm: bool) -> Tensor:
 def train_step(
     loss_of: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, dtype: torch.dtype, images: Tensor
 ) -> Tensor:
-    """Train one step; return its loss. float16 gradients are not scaled: only the time counts."""
+    """Train one step; return the loss, a scalar."""
     with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
         loss = loss_of(images)
     loss.backward()
@@ -245,7 +238,11 @@ def train_step(
 
 
 def check_losses(losses: dict[str, Tensor]) -> None:
-    """Check that all programs compute the same loss as the first one, or raise RuntimeError."""
+    """Check that all programs compute nearly the same loss.
+
+    Raises:
+        RuntimeError: A loss differs from the first loss by more than the share ``LOSS_TOLERANCE`` of the first loss.
+    """
     first, expected = next((name, loss.item()) for name, loss in losses.items())
     for name, loss in losses.items():
         if not abs(loss.item() - expected) <= LOSS_TOLERANCE * expected:  # NaN is not
@@ -253,14 +250,14 @@ def check_losses(losses: dict[str, Tensor]) -> None:
 
 
 def repeat(work: Callable[[], Tensor], times: int) -> Tensor:
-    """Repeat the work, at least once, and return its last result."""
+    """Call ``work`` repeatedly, and return the last result."""
     for _ in range(times - 1):
         work()
     return work()
 
 
 def mlp_product(model: DistillationModel, images: Tensor, dtype: torch.dtype) -> tuple[Callable[[], Tensor], int]:
-    """Return a matrix product with the shape of the teacher's first MLP layer, and its number of operations."""
+    """Return a function that computes a matrix product of an MLP layer's shape, and the number of its operations."""
     weight = max(model.teacher.block_list[0].parameters(), key=torch.numel).detach().to(images.device, dtype)
     num_rows = len(images) * model.teacher.encoder.num_tokens(images.shape[1:])
     x = torch.randn(num_rows, weight.shape[1], device=weight.device, dtype=dtype)

@@ -1,1 +1,1 @@
-"""Export a student as a program, verify what it computes, and write its model card."""
+"""Export a student as a program, verify the program, and write the student's model card."""

@@ -1,9 +1,9 @@
-"""Measure an exported file in a runtime against PyTorch, in a folder of `d2v verify --kit`.
+"""Compare an exported file in a runtime with PyTorch, in a folder that `d2v verify --kit` wrote.
 
     python check_program.py onnxruntime student.onnx
 
-It needs only numpy and the runtime. kit.npz has inputs and, last, PyTorch's embeddings of all inputs; kit.json has the
-limits. The exit status is 1 if a limit is missed. To measure another runtime, add it to RUNTIMES.
+The script needs numpy and the runtime. It prints the measured numbers as JSON, and exits with status 1 if a limit in
+kit.json is missed. To measure another runtime, add the runtime to RUNTIMES.
 """
 
 import json
@@ -19,11 +19,11 @@ import numpy as np
 
 FOLDER = Path(__file__).parent
 Embed = Callable[[np.ndarray], Any]
-"""Maps inputs, (B, …) float32 or uint8, to embeddings, (B, D)."""
+"""A function that maps inputs, (B, …) float32 or uint8, to embeddings, (B, D)."""
 
 
 class Runtime(NamedTuple):
-    """A program that computes with exported files."""
+    """A runtime for exported files."""
 
     suffix: str
     """Suffix of the files that the runtime takes."""
@@ -94,7 +94,7 @@ def read_kit() -> dict[str, Any]:
 
 
 def measure(runtime: str, file: str) -> dict[str, Any]:
-    """Return name → number: seconds to load, peak MB, agreement with PyTorch's embeddings, and samples per second."""
+    """Return the measured numbers by name: time, memory, and agreement with PyTorch's embeddings."""
     start = time.perf_counter()
     *inputs, theirs = np.load(FOLDER / "kit.npz").values()
     embed = RUNTIMES[runtime].load(file)

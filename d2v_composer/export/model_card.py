@@ -1,4 +1,4 @@
-"""Write a student's model card, README.md beside its file, for the Hugging Face hub."""
+"""Write a student's model card, the README.md beside the student's file."""
 
 import os
 import re
@@ -31,7 +31,7 @@ NOT_STATED = ("not-stated", "the-file-s", "as-the-source-s", "nothing")
 
 
 def save_with_card(student: Any, source: str, out: Path) -> None:
-    """Write a student's .safetensors file and, unless it is a classifier, its model card; print a line about each."""
+    """Write a student's .safetensors file and, unless the student is a classifier, its model card."""
     if student.head is None:
         write_card = plan_model_card(student, source, out)
         save_student(student, out, lambda: print(write_card()))  # d2v export is refused once the file is there
@@ -41,24 +41,24 @@ def save_with_card(student: Any, source: str, out: Path) -> None:
 
 
 def size_of(student: Any, out: Path) -> str:
-    """Return a line about a student's written file: the number of parameters, and the file's size."""
+    """Return a line with a student's number of parameters and the size of the student's written file."""
     size = cost(student)["num_parameters"]
     return f"wrote {out}: {size / 1e6:.2f} M parameters, {out.stat().st_size / 1e6:.1f} MB"
 
 
 def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
-    """Prepare README.md before the student is written; return a function that writes it and returns a line about it.
+    """Prepare a student's README.md; return a function that writes README.md and returns a line for the user.
 
-    A README.md that d2v export did not write is kept, and so is the card of another student file in the folder.
+    An existing README.md is kept if ``d2v export`` did not write it, or if it describes another file in the folder.
 
     Args:
         student: The student, with its run's record as provenance.
-        source: The file from which the student was loaded. An ``evaluation.json`` beside the file, of the same weights,
-            gives the results, with intervals; without one, the run's last retrieval does.
-        out: The exported file.
+        source: Path of the file from which the student was loaded. The results are those of an evaluation in the same
+            folder, or of the run's last retrieval.
+        out: Path of the exported file.
 
     Raises:
-        InputError: README.md cannot be read or written, or the record lacks what this package writes.
+        InputError: README.md cannot be read or written, or the student's record is incomplete.
     """
     readme = out.with_name("README.md")
     check_out_file(readme)
@@ -117,15 +117,14 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
 
 
 def choose_rows(queries: Record, student: Any) -> tuple[str, dict[str, str]]:
-    """Choose the rows of a run's results that were measured with a student's present weights and alignment.
+    """Choose the rows of a run's results for a student's card, without the student's rows from other weights.
 
     Args:
-        queries: Row → what embedded its queries: ``weights``, ``embedding`` (its name) and ``info``.
-        student: The student. Its rows by other weights or by another alignment are left out; if no row of the student
-            is left, all rows are.
+        queries: Row → ``weights``, ``embedding`` and ``info`` of the model that embedded the row's queries.
+        student: The student.
 
     Returns:
-        The embedding of the table in words; and row → its title, with the row's embedding if it is not the table's.
+        The embedding in the table's heading, and row → title; both are empty if no row of the student remains.
     """
     infos = {row: EmbeddingInfo(**about["info"]) for row, about in queries.items()}
     weights, fingerprints = student.identify_weights(), ("", student.embedding.fingerprint)
@@ -145,16 +144,14 @@ def choose_rows(queries: Record, student: Any) -> tuple[str, dict[str, str]]:
 
 
 def add_section(readme: Path, heading: str, text: str) -> None:
-    """Add a section to a card, or replace it; a README.md that d2v export did not write is kept."""
+    """Add or replace a section of a README.md that ``d2v export`` wrote; leave any other README.md unchanged."""
     if readme.exists() and CARD_MARK in (card := readme.read_text("utf-8", "replace")):
         old = rf"\n\n## {re.escape(heading)}\n.*?(?=\n## |\Z)"
         write_atomically(readme, re.sub(old, "", card, flags=re.DOTALL) + f"\n\n## {heading}\n\n{text}")
 
 
 def name_license(stated: str) -> str:
-    """Return the Hugging Face hub's name of a license, from the note stored with a teacher's weights.
-
-    A note that says more than a license's name becomes a name of its own, because the addition may be a restriction.
-    """
+    """Return the license in a note about a teacher's weights, as a name for the Hugging Face hub, or ``unknown``."""
+    # A note that says more than a license's name becomes a name of its own: the addition may be a restriction.
     name = re.sub("[^a-z0-9.]+", "-", stated.lower().removesuffix(", as this repository")).strip("-")
     return "unknown" if not name or name.startswith(NOT_STATED) else name

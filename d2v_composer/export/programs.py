@@ -34,20 +34,20 @@ EXTRA_FILES = ("preprocessing.json", "embedding")
 
 
 def build_bias(alibi: Any, num_tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return :meth:`Alibi.unscaled`, (1, H, T, T), computed anew: an exported program keeps no tensor between calls."""
+    """Compute the result of :meth:`Alibi.unscaled`, (1, H, T, T), without a tensor that is kept between calls."""
     return alibi.build(num_tokens, alibi.slopes_of_heads).to(dtype)
 
 
 class Program(nn.Module):
     """A copy of a student that maps inputs to embeddings, (B, D) float32, to be traced.
 
-    Inputs are normalized images, (B, 3, S, S) float; or waveforms of one length, (B, L) float in [-1, 1] at
-    16 kHz: a program knows no padding.
+    Inputs are normalized images, (B, 3, height, width) float; or waveforms of one length, (B, L) float in [-1, 1] at
+    16 kHz.
 
     Args:
         student: The student, which is copied.
         embedding: Name of the embedding that the program computes.
-        takes_pixels: Take images as decoders and cameras give them, (B, S, S, 3) uint8, instead of normalized ones.
+        takes_pixels: Take images as (B, height, width, 3) uint8, without normalization.
     """
 
     def __init__(self, student: Backbone, embedding: str, takes_pixels: bool = False) -> None:
@@ -70,15 +70,15 @@ class Program(nn.Module):
         return self.compute(self.student.embed_all, inputs)
 
     def compute(self, embed_all: Callable[..., dict[str, Tensor]], inputs: Tensor) -> Tensor:
-        """Compute the program's embedding by calling ``embed_all``, a student's method."""
+        """Compute the program's embedding with ``embed_all``, a method of a student."""
         return embed_all(inputs.movedim(-1, 1) if self.takes_pixels else inputs)[self.embedding]
 
 
 def export_program(program: Program, path: Path) -> None:
-    """Write a program to an .onnx or .pt2 file, after a check on one input that it computes what the student does.
+    """Write a program to an .onnx or .pt2 file, and check with one input that the file computes the same embedding.
 
     Raises:
-        InputError: The program computes something else, or the student is too large.
+        InputError: The file computes another embedding, or the student is too large.
         RunError: The disk is full.
     """
     metadata = metadata_of(program.student, program.embedding, program.takes_pixels)
@@ -93,7 +93,7 @@ def export_program(program: Program, path: Path) -> None:
 
 
 def metadata_of(student: Backbone, embedding: str, takes_pixels: bool) -> dict[str, str]:
-    """Return the preprocessing of inputs that a student's program expects, as JSON, and the name of the embedding."""
+    """Return the metadata of a student's program: ``preprocessing``, as JSON, and ``embedding``, a name."""
     config = student.encoder.config
     preprocessing = {name: getattr(config, name) for name in config.preprocessing}
     if takes_pixels:
@@ -103,10 +103,10 @@ def metadata_of(student: Backbone, embedding: str, takes_pixels: bool) -> dict[s
 
 
 def read_metadata(path: Path, student: Backbone) -> tuple[str, bool, bool]:
-    """Return which embedding a student's exported file computes, whether in int8, and whether from uint8 pixels.
+    """Return the name of the embedding that an exported file computes, and whether it is int8 and takes uint8 pixels.
 
     Raises:
-        InputError: The file cannot be read, the student has no such embedding, or the file's preprocessing differs.
+        InputError: The file cannot be read, or was not exported from this student.
     """
     stored, is_int8 = {"embedding": ""}, False
     with reading(path):
@@ -131,7 +131,7 @@ def read_metadata(path: Path, student: Backbone) -> tuple[str, bool, bool]:
 
 
 def write_onnx(program: Program, path: Path, metadata: dict[str, str]) -> None:
-    """Write ONNX, opset 18: ``images`` or ``waveforms``, as the program takes them → ``embedding`` (batch, D).
+    """Write a program as ONNX, with the input ``images`` or ``waveforms`` and the output ``embedding``, (batch, D).
 
     Args:
         program: The program to trace.
@@ -171,7 +171,7 @@ def write_archive(program: Program, path: Path, metadata: dict[str, str]) -> Non
 
 
 def trace(program: Program) -> torch.export.ExportedProgram:
-    """Trace the program for any number of inputs, and for waveforms of any length."""
+    """Trace a program for any number of inputs, and for waveforms of any length."""
     free_axes = program.student.encoder.free_axes
     free = {axis: torch.export.Dim(name, min=low, max=high) for axis, (name, low, high) in free_axes.items()}
     inputs = program.example(2)  # torch.export treats a batch size of one as constant
@@ -181,12 +181,12 @@ def trace(program: Program) -> torch.export.ExportedProgram:
 
 
 def quantize(program: Path, out: Path, images: Tensor) -> None:
-    """Write an ONNX program whose linear layers and convolutions compute with int8 weights and uint8 inputs.
+    """Quantize an ONNX program: linear layers and convolutions get int8 weights and uint8 activations.
 
     Args:
         program: File of the program in float32.
         out: The file to write.
-        images: Inputs of the program, (N, 3, S, S) or (N, S, S, 3), which calibrate the range of each layer's inputs.
+        images: Inputs of the program, (N, …), from which the ranges of the activations are found.
 
     Raises:
         RunError: The disk is full.

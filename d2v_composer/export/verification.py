@@ -1,4 +1,4 @@
-"""Compare what an exported file computes in each runtime of this machine with PyTorch."""
+"""Compare an exported file, in each runtime that is installed, with PyTorch."""
 
 import io
 import json
@@ -55,7 +55,7 @@ def verify(
 ) -> None:
     """Measure a student's exported file in each runtime, print a table, and write the numbers beside the file.
 
-    The samples come from ``images``, by default from the run's retrieval data. With ``kit``, only that folder is made.
+    The other arguments are the options of ``d2v verify``. With ``kit``, only this folder is written.
 
     Raises:
         InputError: A file cannot be used, or a chosen runtime is not installed or takes other files.
@@ -113,10 +113,10 @@ def verify(
 
 
 def name_fastest(medians: Mapping[str, Mapping[str, float]]) -> str:
-    """Return a line with the fastest runtime for each batch size, and its lead over the next and the slowest.
+    """Return a line that compares the fastest runtime at each batch size with the next and the slowest runtime.
 
     Args:
-        medians: Runtime without a fault → name → number, as in :func:`measure_runtimes`.
+        medians: Runtime without a fault → name → number.
     """
     comparisons = []
     for key in ("/s at 1", "/s at 16") if len(medians) > 1 else ():
@@ -157,10 +157,10 @@ def read_samples(student: Backbone, source: str | None, maximum: int, takes_pixe
 
 
 def measure_runtimes(script: Path, files: Mapping[str, Path]) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """Run the script ``ROUNDS`` times for each runtime, in turns, each time in a process of its own.
+    """Run the script ``ROUNDS`` times for each runtime, each time in a new process.
 
     Returns:
-        Runtime → name → median over rounds, empty if a round printed no numbers; and runtime → fault, if it has one.
+        Runtime → name → median over rounds; and runtime → message, for each runtime that failed or missed a limit.
     """
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in files}
     medians, faults, path = {}, {}, os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

@@ -1,1 +1,1 @@
-"""Order, decode and augment the training samples of a rank."""
+"""Order, load and augment training samples."""

@@ -1,4 +1,4 @@
-"""Images with boxes as samples of one size, and their batches."""
+"""The samples of a detector: images with boxes."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -17,18 +17,18 @@ from d2v_composer.training_data.sampler import EpochOrder, OrderedSamples, Sampl
 
 
 class BoxedSamples(OrderedSamples):
-    """Images with boxes, all of one size: enlarged or shrunk to fit, with a black margin at the right or the bottom.
+    """Images with boxes, resized to fit one size and padded with black at the right or the bottom.
 
-    A sample is (image, (3, height, width) uint8; boxes, (M, 4) float32: left, top, right, bottom, in pixels;
-    classes, (M,) int64; crowds, (M,) bool).
+    A sample is a tuple of the image, (3, height, width) uint8; the boxes, (M, 4) float32, with left, top, right and
+    bottom in pixels; the classes, (M,) int64; and whether each box is a crowd, (M,) bool.
 
     Args:
         source: The images.
         size: Height and width, in pixels.
-        interpolation: Pillow's filter: bicubic or bilinear.
+        interpolation: Filter of the resizing: ``bicubic`` or ``bilinear``.
         flip: Probability of a horizontal flip.
-        seed: Seed of the flips and of the order; a flip depends on it, the epoch and the image alone.
-        epoch_size: Number of samples in an epoch; default: all.
+        seed: Seed of the flips and of the order.
+        epoch_size: Number of samples in an epoch; default: all samples.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class BoxedSamples(OrderedSamples):
         return len(self.source)
 
     def __getitem__(self, sample: Sample | int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return a sample: given a request, perhaps flipped; given a number, never.
+        """Return a sample, flipped at random if ``sample`` is a :class:`Sample`, and not flipped if it is an index.
 
         Raises:
             InputError: The image cannot be decoded, or does not have the size in the annotations.
@@ -73,6 +73,6 @@ class BoxedSamples(OrderedSamples):
 
 
 def collate_boxes(samples: Sequence[Iterable[Any]]) -> tuple[Tensor, ...]:
-    """Return a batch: images, boxes, classes and crowds; images with fewer boxes are padded with boxes of class 0."""
+    """Return a batch of images, boxes, classes and crowds, with boxes of class 0 added to images with fewer boxes."""
     images, *rest = zip(*samples, strict=True)
     return torch.stack(images), *(pad_sequence(list(values), batch_first=True) for values in rest)

@@ -1,4 +1,4 @@
-"""Build the loader of training samples, and check the disk space and shared memory that it needs on a node."""
+"""Build the loader of the training samples."""
 
 import math
 import shutil
@@ -36,10 +36,10 @@ SHARED_MEMORY, SEMAPHORES, PAGE = Path("/dev/shm"), 16, 4096
 def read_train_index(
     loader: TrainLoaderConfig, modality: Modality, batch_size: int, label_column: str | None = None
 ) -> Index:
-    """Read the index of the training samples, and the lengths of clips, from a folder or a store.
+    """Read the index of the training samples from a folder or a store.
 
     Raises:
-        InputError: The data cannot be used, is smaller than a batch, or differs between nodes.
+        InputError: The data set cannot be used, has fewer samples than a batch, or differs between nodes.
     """
     local = Path(loader.local)
     with node_leaders_first("the data set's index"):
@@ -73,21 +73,18 @@ def build_train_loader(
     collate: Callable[..., object] | None = None,
     extra_bytes: int = 0,
 ) -> DataLoader:
-    """Build this rank's loader from ``train_loader``: augmented samples, with labels if the index has them.
+    """Build this rank's loader of augmented training samples, with labels if the index has labels.
 
-    Clips are padded to the longest in a rank's batch or, for a compiled model, to one of a few sizes.
-
-    An epoch has only whole global batches, so that its batches are the same on any number of ranks. A few samples are
-    left out: with ``shuffle``, other ones in each epoch or for each fixed view.
+    An epoch has only whole global batches.
 
     Args:
         config: Config of the run.
         loader: The section ``train_loader``.
         index: The samples.
         num_classes: Number of classes, if the index has labels.
-        is_compiled: True if the model is compiled, which takes a graph for each length of clips.
+        is_compiled: True if the model is compiled; the batches of clips then have at most 16 different lengths.
         collate: Function that makes a batch of images; default: torch's.
-        extra_bytes: Bytes that ``collate`` adds to each image.
+        extra_bytes: Number of bytes that ``collate`` adds to each image.
 
     Raises:
         InputError: The node has too little disk space or shared memory, or the cache limit is too small.
@@ -133,13 +130,12 @@ def build_train_loader(
 
 
 def check_memory(loader: LoaderConfig, batch_size: int, sample_bytes: int) -> None:
-    """Check that the node has the shared memory for its ranks' batches.
-
-    SIGBUS would silently kill a process that writes more than is free.
+    """Check that the node has enough shared memory for the batches of its ranks.
 
     Raises:
-        InputError: Some node has too little shared memory.
+        InputError: A node has too little shared memory.
     """
+    # SIGBUS would silently kill a process that writes more than is free.
     batch_bytes, workers = batch_size // dist.get_world_size() * sample_bytes, loader.num_workers
     # Beside those made in advance, each rank has one in the making and one in use.
     batches = (workers * loader.prefetch_factor + 2) * (batch_bytes + PAGE) if workers else 0

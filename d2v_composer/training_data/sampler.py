@@ -1,4 +1,4 @@
-"""Stream training samples from MDS shards: their order, and the augmented samples."""
+"""Order, read and augment training samples from MDS shards."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -31,37 +31,27 @@ class Sample(NamedTuple):
     """A request for one sample, from the main process to a worker."""
 
     view: int
-    """Number of the augmentation: the epoch or, with K fixed views, epoch mod K."""
+    """Index of the view: the epoch or, with K fixed views, the epoch modulo K."""
     sample_id: int
     ahead: tuple[int, ...]
-    """Numbers of the shards that will be needed soon."""
+    """Indices of the shards to fetch in advance."""
 
 
 class EpochOrder(DistributedSampler[Sample]):
-    """This rank's samples, in order; each iteration is the next epoch.
+    """The order of this rank's samples; each iteration is the next epoch.
 
-    The order is Streaming's, and its samples go to the nodes and ranks in turn, as Streaming deals them. So the batches
-    of all ranks together are the same for any number of nodes and ranks. The order is drawn in the main process, and
-    workers have no state: any number of workers, even if a resume changes it, reads the same batches.
-
-    With ``lengths``, samples of similar length come together: each canonical node's order is cut into windows, of about
-    ``shuffle_block_size`` samples on all nodes together. Within a window, a node's samples are sorted by length and cut
-    into its parts of the global batches. Parts at the same position form a batch, and the window's batches are
-    shuffled.
+    The global batches are the same for any number of nodes, ranks and workers. With ``lengths``, the samples of a batch
+    have similar lengths.
 
     Args:
         shard_sizes: Number of samples in each shard, (S,).
         shuffle: Shuffle the samples, differently in each epoch.
         seed: The seed of the order.
-        shuffle_block_size: Number of samples that are mixed with each other. The shards of as many samples are in use
-            at a time.
-        num_canonical_nodes: Number of equal parts into which the order is cut. If it is a multiple of the number of
-            nodes, each node needs only its own shards.
-        epoch_size: Number of samples in an epoch; with ``shuffle``, other ones in each epoch or view. The default, all,
-            is also the most, since Streaming would repeat samples. Must be divisible by ``num_canonical_nodes``.
-        views: Number K of fixed views of each sample: each epoch has the samples and views of the K-th epoch before it,
-            in a new order. ``None``: new views in each epoch.
-        lengths: Length of each sample in a batch, before padding, (N,); ``None`` if all have one size.
+        shuffle_block_size: Number of samples that are mixed with each other.
+        num_canonical_nodes: Number of equal parts into which the order is cut.
+        epoch_size: Number of samples in an epoch, divisible by ``num_canonical_nodes``; default: all samples.
+        views: Number of fixed views of each sample, which the epochs use in turn; ``None``: new views in each epoch.
+        lengths: Length of each augmented sample, (N,); ``None`` if all samples have one size.
         global_batch_size: Batch size of all ranks together; used only with ``lengths``.
     """
 
@@ -89,7 +79,7 @@ class EpochOrder(DistributedSampler[Sample]):
 
     @override
     def __len__(self) -> int:
-        """Return this rank's number of samples in a whole epoch."""
+        """Return the number of this rank's samples in a whole epoch."""
         return math.ceil(self.epoch_size / World.detect().num_ranks)
 
     @override
@@ -103,12 +93,12 @@ class EpochOrder(DistributedSampler[Sample]):
         return self._with_shards_ahead(self._view_of(self.current_epoch), ids.tolist(), shards.tolist())
 
     def samples_of_rank(self, epoch: int, first_sample: int, world: World) -> Int64Array:
-        """Return the numbers of a rank's samples in an epoch, after the first ``first_sample`` samples of all ranks."""
+        """Return the indices of a rank's samples in an epoch, without the epoch's first ``first_sample`` samples."""
         left = self.draw(epoch)[first_sample:].reshape(-1, world.ranks_per_node, world.num_nodes)
         return left[:, world.rank_of_node, world.node]
 
     def draw(self, epoch: int) -> Int64Array:
-        """Return the numbers of an epoch's samples, (``epoch_size``,), one from each canonical node in turn."""
+        """Return the indices of an epoch's samples on all ranks, (``epoch_size``,), in their order."""
         view = self._view_of(epoch)
         sizes, rng = self.shard_sizes, np.random.default_rng(self.seed + view)
         # Without shuffle, all epochs leave the same samples out.
@@ -130,6 +120,7 @@ class EpochOrder(DistributedSampler[Sample]):
 
     def _by_length(self, order: Int64Array, lengths: Int64Array, epoch: int) -> Int64Array:
         """Sort each canonical node's samples, (nodes, samples), by length within windows."""
+        # A window has about shuffle_block_size samples of all nodes together. Its batches are shuffled.
         node_batch, windows = self.global_batch_size // len(order), []
         size = max(1, self.shuffle_block_size // self.global_batch_size) * node_batch
         for begin in range(0, order.shape[1], size):
@@ -155,11 +146,7 @@ class EpochOrder(DistributedSampler[Sample]):
 
 
 def padded_sizes(lengths: Int64Array) -> list[int]:
-    """Return at most 16 lengths to which batches are padded, ascending, given the lengths of all samples, (N,).
-
-    A compiled model needs a graph for each length. Lengths are closest together where most of the sound is; the last
-    one is the longest sample's.
-    """
+    """Return at most 16 lengths to which batches are padded, ascending, given the lengths of all samples, (N,)."""
     ascending = np.sort(lengths)
     # Sizes are equally far apart on this scale: the share of all sound that is in shorter clips, and, with half its
     # weight, the length, so that few long clips get sizes, too.
@@ -169,44 +156,42 @@ def padded_sizes(lengths: Int64Array) -> list[int]:
 
 
 def collate_clips(samples: Sequence[dict[str, Any]], name: str, sizes: Sequence[int]) -> dict[str, Tensor]:
-    """Return a batch of clips: ``name``, (B, L) float32; ``sample_id``, (B,); and, if some are padded, ``lengths``."""
+    """Return a batch of clips: ``name``, (B, L) float32; ``sample_id``, (B,); and, with padding, ``lengths``, (B,)."""
     inputs, *lengths = collate([sample[name] for sample in samples], sizes)
     sample_ids = torch.tensor([sample["sample_id"] for sample in samples])
     return {name: inputs, "sample_id": sample_ids} | ({"lengths": lengths[0]} if lengths else {})
 
 
 class OrderedSamples(Dataset[Any]):
-    """Samples whose epochs a DataLoader reads with ``sampler=dataset.order``, also after a resume."""
+    """A data set whose ``order`` is a DataLoader's sampler, and which a checkpoint can resume within an epoch."""
 
     order: EpochOrder
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> Record:
-        """Return the state after this many samples of the epoch, which Composer counts over all ranks and saves."""
+        """Return the state after ``num_samples`` samples of the epoch, counted over all ranks."""
         assert from_beginning
         return {"epoch": self.order.current_epoch, "sample_in_epoch": num_samples}
 
     def load_state_dict(self, state: Record) -> None:
-        """Resume an epoch; Composer calls this."""
+        """Resume an epoch from a state."""
         self.order.resume(**state)
 
 
 class StreamingSamples(OrderedSamples):
     """Augmented samples from a column of an MDS data set; ``DataLoader(dataset, sampler=dataset.order)`` reads epochs.
 
-    An epoch has every sample exactly once, or fails with an error that names the shard. A sample is ``{"image": (3, S,
-    S) uint8, "sample_id": int, "view": int}``, or has ``"audio": (L,) float32`` instead; if the index has labels, it is
-    (image, label), as Composer's algorithms need. The augmentation of a sample depends on (seed, view, sample id)
-    alone; the order, on its arguments and the epoch. So samples and order are the same for any number of ranks and
-    workers, and after any resume.
+    A sample is a dict with ``image``, (3, height, width) uint8, or ``audio``, (L,) float32; with ``sample_id``, its
+    index; and with ``view``. If the index has labels, a sample is a tuple of the image or audio, and the label. The
+    augmentation depends only on the seed, the view and the sample's index.
 
     Args:
-        index: The data set, and its columns to read: samples and, if it has one, labels.
+        index: Index of the data set, which names the columns to read.
         transform: The augmentation.
         seed: The seed of the order and of the augmentation.
-        num_classes: Number of classes: labels must be from 0 to ``num_classes - 1``.
+        num_classes: Number of classes, if the index has labels.
         cache_limit: Maximum size of the cache of a remote data set, in bytes; default: no limit.
-        timeout: How long an unreachable store is retried, in seconds.
-        **order: The other arguments of :class:`EpochOrder`.
+        timeout: Seconds for which an unreachable store is retried.
+        **order: Further arguments of :class:`EpochOrder`.
 
     Attributes:
         order: The sampler.
@@ -239,7 +224,7 @@ class StreamingSamples(OrderedSamples):
 
         Raises:
             ShardError: The sample's shard cannot be fetched, or is corrupt.
-            InputError: The sample cannot be decoded, or its label is not the number of a class.
+            InputError: The sample cannot be decoded, or its label is out of range.
         """
         view, sample_id, ahead = sample
         index, source = self.index, f"sample {sample_id} of {self.index.folder}"

@@ -117,7 +117,7 @@ def test_contenders_that_find_something_else_are_an_error() -> None:
         (["retrieval", "--k", "21", "--bank", "20"], "--k: must be at most --bank 20, got 21"),
         (
             ["step", "--no-compile", "student.model=timm/resnet18"],
-            "student.model: must be null, got timm/resnet18: --s",
+            "student.model: must be null, got timm/resnet18; --s",
         ),
     ],
 )
