@@ -323,7 +323,7 @@ def _load_teacher_of(record: Record, path: Path, teacher_path: str | None) -> Te
 
 
 def own_parts(student: Backbone) -> nn.ModuleDict:
-    """Return the parts of a student that are not frozen: those whose tensors are in a run's checkpoint."""
+    """Return the parts of a student that are not frozen: those whose tensors are in a distillation's checkpoint."""
     parts = {name: part for name, part in student.named_children() if not getattr(part, "is_frozen", False)}
     return nn.ModuleDict(parts)
 

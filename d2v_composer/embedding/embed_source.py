@@ -214,7 +214,7 @@ def embed_batches(
 
 
 def record_of(model: Backbone, source: Source, part: Part, options: EmbeddingOptions, device: str) -> Record:
-    """Return the record of a part of the embeddings; see :class:`~d2v_composer.conversion.parts.Parts`."""
+    """Return a part's record: its number, and the source and settings that all parts must share."""
     settings = options._asdict() | {"embedding": str(model.describe(options.embedding))}
     return plan_of(source, part, model=hash_weights(model), device=device, **settings)
 
