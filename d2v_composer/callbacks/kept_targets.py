@@ -1,4 +1,4 @@
-"""Keep the teacher's targets of augmented samples that recur in later epochs, as ``train_loader.views`` asks for."""
+"""Keep the teacher's targets of augmented samples that recur in later epochs (``train_loader.views``)."""
 
 import json
 import os

@@ -95,7 +95,6 @@ class ProgressLogger(LoggerDestination):
             self.bar.close()
 
     def status(self) -> list[str]:
-        """Return the latest logged numbers, each as text."""
         return [
             template.format(self.latest[key], unit=self.unit) for key, template in SHOWN.items() if key in self.latest
         ]
@@ -242,7 +241,6 @@ class Throughput(Callback):
         self.asked_at = self.got_at = self.flops_at_peak = 0.0
 
     def reset(self, state: State) -> None:
-        """Start a new interval."""
         self.first_image, self.flops, self.seconds, self.waited = int(state.timestamp.sample), 0, 0.0, 0.0
 
     def fit_start(self, state: State, logger: Logger) -> None:

@@ -109,7 +109,6 @@ class PairLoader:
         return TopK(*(ranks.gather(tensor, len(queries)) for tensor in nearest))
 
     def info(self, side: Side) -> EmbeddingInfo:
-        """Return the description of a side's embedding."""
         if side.embedding == EMBEDDING and side.model in self.infos:
             return self.infos[side.model]
         return EmbeddingInfo(side.embedding, "raw", self.embedded[side.model]["test"][side.embedding].shape[1], "")

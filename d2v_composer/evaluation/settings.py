@@ -52,7 +52,6 @@ class Settings(NamedTuple):
         return [metric for metric in METRICS if metric.name in chosen and all(has[need] for need in metric.needs)]
 
     def columns(self, labeled: EvaluationSet, metric: Metric) -> list[Column]:
-        """Return a metric's columns for a set."""
         sizes: dict[str, int] = dict(zip(BANKS, labeled.num_samples, strict=True))
         if labeled.class_embeddings is not None:
             sizes[CLASSES] = len(labeled.class_embeddings)

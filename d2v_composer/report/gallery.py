@@ -57,7 +57,7 @@ def galleries(
 
     Args:
         datasets: Name → data set.
-        results: Results of the student and of the teacher.
+        results: Results of a run or of an evaluation.
         unit: Name of the samples, in the plural.
     """
     for name, labeled in datasets.items():
