@@ -13,7 +13,7 @@ __all__ = ["d2v2_student"]
 def d2v2_student(pretrained: bool = False, **kwargs: Any) -> TimmWrapper:
     """Build a student as a timm model, for ``timm.create_model("d2v2_student", checkpoint_path=FILE)``.
 
-    FILE is a .safetensors file that ``d2v export`` wrote of a student that is not itself a timm model.
+    FILE is a student's .safetensors file from ``d2v export``. A student that is itself a timm model has timm's name.
 
     Args:
         pretrained: Load the file that ``pretrained_cfg_overlay`` names.

@@ -126,8 +126,6 @@ def build_run(
 
     Args:
         name: Name of the program.
-        model: The model, which is copied.
-        config: Config of the training.
         images: The batch of every step.
         steps: Number of batches in an epoch of the Trainer.
         at_end: Stack to which the closing of the Trainer is added.

@@ -32,7 +32,7 @@ def load_config(argv: Sequence[str], values: Mapping[str, Json] = {}, *, needs_d
     Args:
         argv: The YAML's path, then any number of ``dotted.key=value``.
         values: Dotted key → value, which replaces the YAML's value of this key.
-        needs_data: Raise an InputError, too, if ``train_loader`` has no training samples.
+        needs_data: Also check that ``train_loader`` names training samples.
 
     Raises:
         InputError: The YAML cannot be read, or keys or values are wrong; the error has a line for each problem.
@@ -126,7 +126,7 @@ def merge_settings(
 
 
 def deep_merge(below: Record, above: Record) -> Record:
-    """Merge nested dicts; where both have a value for a key, the value of ``above`` is taken."""
+    """Merge nested dicts; for a key in both dicts, take the value of ``above``."""
     both = {key: value for key, value in above.items() if isinstance(value, dict) and isinstance(below.get(key), dict)}
     return {**below, **above, **{key: deep_merge(below[key], value) for key, value in both.items()}}
 

@@ -187,8 +187,7 @@ class TrainLoaderConfig(ShardLoaderConfig):
     """Name of the column that holds the samples; null: ``image`` or ``audio``."""
     views: Annotated[Count | None, FIXED] = None
     """Number of fixed views (crops and flips) of each image, which the epochs use in turn; null: new views in every
-    epoch. The targets of fixed views are computed once, and stored in ``save_folder`` until the end of the run. Must be
-    null for audio."""
+    epoch. Targets of fixed views are stored in ``save_folder`` until the end of the run. Must be null for audio."""
 
     @property
     def needs_samples_of_a_node(self) -> bool:
@@ -200,8 +199,8 @@ class TrainLoaderConfig(ShardLoaderConfig):
             return None
         return (
             f".remote: must be the address of an MDS data set, such as s3://BUCKET/imagenet/train, because "
-            f"train_loader.local, {self.local}, has none; the YAMLs for ImageNet take the address from the environment "
-            "variable IMAGENET"
+            f"train_loader.local, {self.local}, has no data set; the YAMLs for ImageNet take the address from the "
+            "environment variable IMAGENET"
         )
 
     @model_validator(mode="after")
@@ -241,8 +240,6 @@ class SchedulerConfig(Section):
 
 
 class GradientClippingConfig(Section):
-    """Clipping of the gradient by its global norm."""
-
     clipping_threshold: Positive = 2.0
     """Largest global norm of the gradient."""
 
@@ -269,7 +266,7 @@ class LabeledSetConfig(Section):
     can hold samples."""
     label_column: Annotated[Text | None, FIXED] = "label"
     """Name of the column that holds the labels (in tars, ``cls`` or ``json:KEY``), unless folders are classes; null: do
-    not read labels, and measure only probes that need none."""
+    not read labels, and measure only probes that need no labels."""
     class_embeddings: PathText | None = None
     """Path of a .npy file for the probe ``zero_shot``: a text tower's embedding of each class, (classes, channels)
     float, in the data set's class order."""
@@ -382,7 +379,7 @@ class TrainerConfig(RunConfig):
 
     @property
     def run_folder(self) -> RunFolder | None:
-        """The folder ``save_folder``; ``None`` if the run saves nothing."""
+        """The parsed ``save_folder``; ``None`` if the run saves nothing."""
         return None if self.save_folder is None else RunFolder.parse(self.save_folder, self.run_name)
 
     def contradictions(self) -> Iterator[str]:
@@ -441,22 +438,16 @@ class LayerwiseOptimizerConfig(OptimizerConfig):
 
 
 class LabelSmoothingConfig(Section):
-    """Composer's LabelSmoothing."""
-
     smoothing: Fraction = 0.1
     """Strength of the smoothing, from 0 (the label alone) to 1 (all classes alike)."""
 
 
 class MixUpConfig(Section):
-    """Composer's MixUp."""
-
     alpha: Positive = 0.2
     """Parameter of the Beta distribution from which the mixing weight is drawn."""
 
 
 class CutMixConfig(Section):
-    """Composer's CutMix."""
-
     alpha: Positive = 1.0
     """Parameter of the Beta distribution from which the mixing weight is drawn."""
 

@@ -32,7 +32,7 @@ MESSAGES = {
 
 
 def suggest(name: str, allowed: Sequence[str]) -> str:
-    """Return the end of a message about an unknown name: the most similar allowed name, and all of them."""
+    """Return the end of a message about an unknown name, with a similar allowed name and all allowed names."""
     nearest = difflib.get_close_matches(name, allowed, n=1)
     return f"{f'; did you mean {nearest[0]}?' if nearest else ''} (allowed: {', '.join(allowed) or 'none'})"
 
@@ -91,7 +91,7 @@ def class_path(name: str, known: Mapping[str, str]) -> Any:
     """Return 'module:class' of a callback or logger; ``None`` if no callback or logger has the name.
 
     Args:
-        name: Name in the YAML; ``ext/NAME`` is an entry point of the group :data:`CALLBACKS_GROUP`.
+        name: Name in the YAML, which may be ``ext/NAME``.
         known: Name → 'module:class'.
 
     Raises:
@@ -104,7 +104,7 @@ def class_path(name: str, known: Mapping[str, str]) -> Any:
 
 
 def arguments_of(known: Mapping[str, str]) -> AfterValidator:
-    """Return a validator of a mapping from names, which :func:`class_path` knows, to arguments of the named classes."""
+    """Return a validator of a mapping from names of callbacks or loggers to their arguments."""
     names = [*known, f"{PACKAGE_PREFIX}NAME, an entry point of the group {CALLBACKS_GROUP}"]
 
     def check(chosen: Mapping[str, Record | None]) -> None:

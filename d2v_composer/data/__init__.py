@@ -17,13 +17,11 @@ def modality_of(config: EncoderConfig) -> Modality:
 
 
 def build_augmentation(loader: BaseModel, modality: Modality, seed: int, for_views: bool = False) -> Augmentation:
-    """Build the augmentation of training samples, or the augmentation that makes views of a sample for an evaluation.
+    """Build the augmentation for training, or the augmentation that makes views of a sample for an evaluation.
 
     Args:
         loader: The config's section ``train_loader``.
-        modality: Modality of the samples.
-        seed: Seed of the random numbers.
-        for_views: Build the augmentation for views.
+        for_views: Build the augmentation that makes views.
 
     Raises:
         InputError: An option of another modality is set.

@@ -75,7 +75,6 @@ def read_span(file: soundfile.SoundFile, start: int, count: int) -> NDArray[np.f
     """Decode a span of a file to 16 kHz mono, (L,) float32.
 
     Args:
-        file: The file.
         start: Index of the first sample, at the file's rate.
         count: Number of samples, at the file's rate.
 
@@ -139,7 +138,7 @@ class RandomCrop(NamedTuple):
 
 @dataclass(frozen=True)
 class Audio(Modality):
-    """Audio clips of any length, decoded to 16 kHz mono."""
+    """Audio clips, decoded to 16 kHz mono."""
 
     name = "audio"
     unit = "clips"

@@ -55,7 +55,7 @@ def open_image(encoded: bytes) -> Image.Image:
 
 
 def turn_of(exif: bytes) -> Image.Transpose | None:
-    """Return the transposition that turns an image with this EXIF record upright; ``None``: the image is upright."""
+    """Return the transposition that turns an image upright, given its EXIF record; ``None`` if no turn is needed."""
     with suppress(Exception):  # without a record, or with a corrupt one
         record = Image.Exif()
         record.load(exif)
@@ -192,9 +192,6 @@ def random_crop_box(
     """Draw a box of random area and aspect ratio (Szegedy et al. 2015, arXiv:1409.4842, section 6).
 
     Args:
-        width: The image's width, in pixels.
-        height: The image's height, in pixels.
-        rng: The random generator.
         scale: The smallest and largest share of the image's area.
         ratio: The smallest and largest width over height; its logarithm is drawn uniformly.
 
@@ -288,7 +285,7 @@ class Images(Modality):
     ) -> tuple[bytes, None]:
         """Keep an upright RGB JPEG unless it must be resized; encode all other images as JPEGs without metadata.
 
-        If an image's shorter side has more than ``resize`` pixels, the image is resized to ``resize`` pixels there.
+        An image whose shorter side has more than ``resize`` pixels is resized, so that this side has ``resize`` pixels.
 
         Raises:
             UnreadableSampleError: The image cannot be decoded.

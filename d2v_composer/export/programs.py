@@ -133,11 +133,6 @@ def read_metadata(path: Path, student: Backbone) -> tuple[str, bool, bool]:
 def write_onnx(program: Program, path: Path, metadata: dict[str, str]) -> None:
     """Write a program as ONNX, with the input ``images`` or ``waveforms`` and the output ``embedding``, (batch, D).
 
-    Args:
-        program: The program to trace.
-        path: The file.
-        metadata: The file's metadata, from :func:`metadata_of`.
-
     Raises:
         InputError: The student's weights take more than 2 GB.
     """

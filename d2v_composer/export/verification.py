@@ -113,11 +113,7 @@ def verify(
 
 
 def name_fastest(medians: Mapping[str, Mapping[str, float]]) -> str:
-    """Return a line that compares the fastest runtime at each batch size with the next and the slowest runtime.
-
-    Args:
-        medians: Runtime without a fault → name → number.
-    """
+    """Return a line that compares the fastest runtime at each batch size with the next and the slowest runtime."""
     comparisons = []
     for key in ("/s at 1", "/s at 16") if len(medians) > 1 else ():
         fastest, *slower = sorted(medians, key=lambda name: medians[name][key], reverse=True)

@@ -20,7 +20,7 @@ def build_objectives(sections: Mapping[str, object], teacher: Teacher, student: 
 
     Args:
         sections: Name of each objective → its section in a YAML.
-        teacher: The frozen teacher.
+        teacher: The teacher.
         student: The student, to which an objective may add an alignment.
 
     Raises:

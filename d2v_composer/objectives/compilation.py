@@ -32,10 +32,10 @@ MAX_GRAPHS = 1024
 
 
 def compile_model(model: "DistillationModel", choice: bool | str = True) -> None:
-    """Compile a model's blocks and losses, and other parts, in place.
+    """Compile parts of a model in place.
 
     Args:
-        model: The model, which is changed.
+        model: The model.
         choice: ``True``, or a mode of torch.compile. With ``True``, a GPU runs the teacher as a CUDA graph unless an
             encoder has ALiBi.
     """

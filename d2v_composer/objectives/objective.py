@@ -56,8 +56,6 @@ class Objective(nn.Module, ABC):
 
     Args:
         options: The term's section in a YAML.
-        teacher: The frozen teacher.
-        student: The student.
 
     Attributes:
         Options: Fields of the section.
@@ -88,4 +86,4 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, regression: Regression) -> Tensor:
-        """Return the loss of a prediction against its target, a scalar, finite also for a single input."""
+        """Return the loss of a prediction against its target, a scalar that is finite even for one input."""

@@ -79,7 +79,6 @@ class GridHead(nn.Module):
 
     Args:
         encoder: The student's encoder, a :class:`~d2v_composer.models.timm_network.TimmBackbone`.
-        teacher: The teacher.
     """
 
     def __init__(self, encoder: Any, teacher: Teacher) -> None:
@@ -106,7 +105,6 @@ def regression_loss(regression: Regression, cls_weight: float | None = None) -> 
     Padding does not count, and each input has the same weight.
 
     Args:
-        regression: Prediction and target.
         cls_weight: The share of the first token, CLS, in the loss; default: the share of any other token.
     """
     prediction, target, mask = regression.prediction.float(), regression.target, regression.padding_mask

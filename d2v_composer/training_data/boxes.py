@@ -20,7 +20,7 @@ class BoxedSamples(OrderedSamples):
     """Images with boxes, resized to fit one size and padded with black at the right or the bottom.
 
     A sample is a tuple of the image, (3, height, width) uint8; the boxes, (M, 4) float32, with left, top, right and
-    bottom in pixels; the classes, (M,) int64; and whether each box is a crowd, (M,) bool.
+    bottom in pixels; the classes, (M,) int64; and, for each box, whether it is a crowd, (M,) bool.
 
     Args:
         source: The images.

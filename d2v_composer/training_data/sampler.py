@@ -40,8 +40,8 @@ class Sample(NamedTuple):
 class EpochOrder(DistributedSampler[Sample]):
     """The order of this rank's samples; each iteration is the next epoch.
 
-    The global batches are the same for any number of nodes, ranks and workers. With ``lengths``, the samples of a batch
-    have similar lengths.
+    The global batches are the same for any number of nodes, ranks and workers. With ``lengths`` and
+    ``shuffle``, the samples of a batch have similar lengths.
 
     Args:
         shard_sizes: Number of samples in each shard, (S,).
@@ -98,7 +98,7 @@ class EpochOrder(DistributedSampler[Sample]):
         return left[:, world.rank_of_node, world.node]
 
     def draw(self, epoch: int) -> Int64Array:
-        """Return the indices of an epoch's samples on all ranks, (``epoch_size``,), in their order."""
+        """Return the indices of all ranks' samples in an epoch, (``epoch_size``,), in order."""
         view = self._view_of(epoch)
         sizes, rng = self.shard_sizes, np.random.default_rng(self.seed + view)
         # Without shuffle, all epochs leave the same samples out.
@@ -163,7 +163,7 @@ def collate_clips(samples: Sequence[dict[str, Any]], name: str, sizes: Sequence[
 
 
 class OrderedSamples(Dataset[Any]):
-    """A data set whose ``order`` is a DataLoader's sampler, and which a checkpoint can resume within an epoch."""
+    """A data set whose ``order`` is a DataLoader's sampler, with a state for checkpoints."""
 
     order: EpochOrder
 
