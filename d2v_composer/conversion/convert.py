@@ -1,8 +1,7 @@
-"""Convert images or audio to MDS shards, in a folder or directly in an object store, all or nothing.
+"""Convert images or audio to MDS shards, in a folder or in an object store.
 
-The samples are cut into groups beforehand, from the seed and the file sizes. A worker turns a group into one shard and
-writes a record of the shard. A conversion that starts again keeps the shards that still match their records. The index,
-without which there is no data set, comes last. So the result depends neither on the number of workers nor on kills.
+The seed and the sizes of the samples decide which samples are in a shard. A worker writes a shard, then a record of the
+shard; a conversion that starts again keeps the shards that match their records. The index is written last.
 """
 
 import hashlib
@@ -49,15 +48,15 @@ def open_samples(source: str | Path, split: str | None = None, part: Part = ALL,
     """Open the images or the clips of a split.
 
     Args:
-        source: What :func:`~d2v_composer.sources.open.open_source` opens; or ``cifar10:FOLDER``, for torchvision's
-            CIFAR-10, which is downloaded to FOLDER if it is missing there.
-        split: See :func:`~d2v_composer.sources.open.open_source`; default ``train``.
+        source: A source of :func:`~d2v_composer.sources.open.open_source`; or ``cifar10:FOLDER``, CIFAR-10 in FOLDER,
+            which is downloaded if it is missing.
+        split: See :meth:`Files.open_split <d2v_composer.sources.open.Files.open_split>`.
         part: See :func:`~d2v_composer.sources.open.open_source`.
         **options: Other arguments of :func:`~d2v_composer.sources.open.open_source`; by default, the samples are
             images, and folders are classes.
 
     Raises:
-        InputError: There are no samples, or the split or the labels are ambiguous.
+        InputError: The samples cannot be opened.
     """
     if str(source).startswith(CIFAR10):
         return replace(_cifar10_images(Path(str(source).removeprefix(CIFAR10)), split or "train"), part=part)
@@ -79,16 +78,17 @@ def _cifar10_images(folder: Path, split: str) -> Source:
 
 
 def hold_out(source: Source, record: Path) -> tuple[dict[str, Source], int]:
-    """Split samples into ``test`` (a tenth, at most 5,000, and all exact copies of them) and ``train`` (the rest).
+    """Split samples into ``test`` and ``train``.
 
-    The hash of a sample's id decides.
+    A tenth of the samples, chosen by hashes of their ids, but at most :data:`MAX_HELD_OUT`, and all copies of these
+    samples are in ``test``; the remaining samples are in ``train``.
 
     Args:
         source: The samples.
         record: The JSON file to which the SHA-256 hashes of the held-out contents are written.
 
     Returns:
-        The two parts, and the number of copies among the samples of ``test``.
+        Split → samples; and the number of copies in ``test``.
     """
     by_hash = sorted(range(len(source)), key=lambda number: _sha256(os.fsencode(str(source.ids[number]))))
     numbers = sorted(by_hash[: min(len(source) // 10, MAX_HELD_OUT)])
@@ -107,7 +107,7 @@ def hold_out(source: Source, record: Path) -> tuple[dict[str, Source], int]:
 
 
 def _hash_contents(source: Source, numbers: Sequence[int]) -> dict[int, tuple[int, str]]:
-    """Return number → size and hash of the stored sample, for ``numbers``; the hash of an unreadable sample is ''."""
+    """Return number → size in bytes and SHA-256 of the stored sample; the hash of an unreadable sample is ''."""
 
     def hash_content(number: int) -> tuple[int, str]:
         try:
@@ -136,29 +136,29 @@ class _Finished(TypedDict):
 
 
 class _Task(NamedTuple):
-    """Settings of a conversion, which its workers inherit."""
+    """What the workers of a conversion need."""
 
     source: Source
     groups: Sequence[Int64Array]
-    """For each shard, the numbers of its samples in the source."""
+    """For each shard, the numbers of its samples in ``source``."""
     options: Record
-    """Options of the modality's ``encode``."""
+    """Options of :meth:`Modality.encode <d2v_composer.data.modality.Modality.encode>`."""
     skip_unreadable: bool
     out: str
     work: Path
-    """Local folder of an unfinished conversion: records of finished shards, and files being written."""
+    """Local folder of the unfinished conversion; see :func:`work_folder`."""
     records: Path
-    """Folder of the finished shards' records; a conversion of other samples or settings has another folder."""
+    """Folder, in ``work``, of the records of finished shards."""
 
     etags: dict[str, str]
-    """Name → ETag of the objects in ``out`` that this process knows; empty unless ``out`` is in S3."""
+    """Name → ETag of the known objects in ``out``; empty unless ``out`` is in S3."""
 
     def finish_shard(self, number: int) -> Record:
-        """Write the shard of group ``number``, unless it exists and is whole.
+        """Write shard ``number``, unless the shard exists and matches its record.
 
         Returns:
             The shard's record: its ``entry`` in the index, or ``None`` if no sample was readable; its ``etag`` in S3;
-            the ``skipped`` samples; the ``lengths`` of audio clips; and ``is_kept``, if the shard existed.
+            the ``skipped`` samples; the ``lengths`` of clips; and ``is_kept`` if the shard was not written again.
         """
         record, name = self.records / f"{number}.json", f"shard.{number:05}.mds"
         if record.exists():
@@ -202,14 +202,14 @@ class _Task(NamedTuple):
 
 
 def work_folder(out: str) -> Path:
-    """Return the local folder for an unfinished conversion to OUT, a folder or an address in a store."""
+    """Return the local folder for the records and partial files of an unfinished conversion to OUT."""
     if is_remote(out):
         return cache_folder() / "conversions" / hash_of(out)[:16]
     return Path(out, ".converting")
 
 
 def _check_out(out: str, work: Path) -> None:
-    """Check that OUT, local or in a store, is new or holds an interrupted conversion, which its summary shows.
+    """Check that OUT, local or in a store, is new or holds an interrupted conversion.
 
     Raises:
         InputError: OUT holds a finished data set or anything else, or cannot be listed.
@@ -227,14 +227,14 @@ class Conversion(NamedTuple):
 
     samples: int
     lengths: list[int]
-    """Length of each audio clip, in samples at 16 kHz."""
+    """Length of each clip, in samples at 16 kHz; empty for images."""
     bytes: int
-    """Total size of the shards."""
+    """Total size of the shards, in bytes."""
     shards: int
     skipped: list[str]
     """Why each unreadable sample was skipped."""
     resumed: int
-    """Number of shards that an interrupted run had finished, and that are still there."""
+    """Number of shards that an earlier, interrupted conversion had finished."""
 
 
 def convert(
@@ -248,22 +248,21 @@ def convert(
     plan: Record | None = None,
     **options: Json,
 ) -> Conversion:
-    """Write samples to an MDS data set, in the column ``image`` or ``audio``, with their labels in ``label`` if known.
+    """Write samples to the column ``image`` or ``audio`` of an MDS data set, and their labels, if any, to ``label``.
 
     Args:
-        source: The samples; see :func:`open_samples`. CIFAR-10's images become PNGs.
-        out: A folder, or an address in any store that Composer can write: s3://, gs://, …
-        seed: The seed of the order, for samples in folders or zips; other samples keep their order.
-        workers: Number of processes that convert.
+        source: The samples; see :func:`open_samples`.
+        out: A folder, or an address in one of :data:`~d2v_composer.system.addresses.STORES`.
+        seed: The seed of the order in which samples are shuffled if :attr:`Source.in_folders` is true.
+        workers: Number of worker processes.
         shard_bytes: Approximate size of a shard, in bytes.
-        skip_unreadable: Skip and list unreadable samples instead of stopping.
+        skip_unreadable: Skip unreadable samples.
         plan: The record of a part, which may have no samples; see :class:`~d2v_composer.conversion.parts.Parts`.
-        **options: For images: ``resize``, the pixels to which the short side is shrunk if it is longer (``None``: keep
-            the files' bytes), and ``quality``, from 1 to 100, of JPEGs that are encoded again. For audio:
-            ``most_seconds``, the length after which a clip is cut off.
+        **options: Options of :meth:`Images.encode <d2v_composer.data.images.Images.encode>` or of
+            :meth:`Audio.encode <d2v_composer.data.audio.Audio.encode>`.
 
     Raises:
-        InputError: A sample is unreadable, or ``out`` cannot be written or holds a data set.
+        InputError: A sample is unreadable, or ``out`` holds other files or cannot be listed.
         RunError: The disk or the store fails, or a worker was killed.
     """
     out = place_to_write(out)
@@ -278,7 +277,9 @@ def convert(
     summary = {"classes": class_names, "seed": seed, **options} | ({"part": plan} if plan else {})
     with sole_user(work / "lock", LOCK_SECONDS) as alone:
         if not alone:
-            raise InputError(f"{out}: another conversion is writing to this place; wait for it, or choose another OUT")
+            raise InputError(
+                f"{out}: another conversion is writing there; wait until the conversion ends, or choose another OUT"
+            )
         _check_out(out, work)
         _write_json(out, work, {SUMMARY: summary})  # from now on, it says that OUT is ours
         task = _Task(source, groups, options, skip_unreadable, out, work, records, list_etags(out))
@@ -316,8 +317,7 @@ def merge_shards(out: str) -> Conversion:
     """Merge all parts into one MDS data set, without moving their shards.
 
     Raises:
-        InputError: A part is missing, the parts do not belong together, a shard is missing or has another size, or
-            ``out`` holds another data set.
+        InputError: The parts are incomplete or do not fit each other, or ``out`` holds another data set.
         RunError: The disk or the store fails.
     """
     parts, entries = Parts(out), []
@@ -349,7 +349,7 @@ def merge_shards(out: str) -> Conversion:
 
 
 def _write_json(out: str, work: Path | None, files: Record) -> None:
-    """Write JSON files, name → content, in the given order: the index must be last, as it finishes a data set."""
+    """Write JSON files, name → content, in the given order; the index of a data set must be last."""
     for name, content in files.items():
         with _published(out, name, work) as path:
             path.write_text(json.dumps(content, sort_keys=True))
@@ -357,12 +357,12 @@ def _write_json(out: str, work: Path | None, files: Record) -> None:
 
 @contextmanager
 def _published(out: str, name: str, work: Path | None) -> Iterator[Path]:
-    """Yield a local path to write to. When the ``with`` block ends, move a file written there to ``out``.
+    """Yield a local path, and move the file that the ``with`` block writes there to ``out``.
 
     Args:
-        out: The folder, or its address in a store.
-        name: The file's name.
-        work: Folder for the temporary file; for a local ``out``, it must be on the same disk.
+        out: A folder, or its address in a store.
+        name: Name of the file in ``out``.
+        work: Folder for the temporary file, on the disk of ``out`` if ``out`` is local; default: the system's folder.
 
     Raises:
         RunError: The disk or the store fails.
@@ -375,7 +375,7 @@ def _published(out: str, name: str, work: Path | None) -> Iterator[Path]:
 
 
 def _groups(source: Source, resize: int | None, seed: int, shard_bytes: int) -> list[Int64Array]:
-    """Return the sample numbers of each shard of about ``shard_bytes``; samples in folders or zips are shuffled."""
+    """Return the numbers of the samples in each shard of about ``shard_bytes`` bytes."""
     sizes, order = source.sizes, np.arange(len(source))
     if resize:
         sizes = np.minimum(sizes, resize**2 * BYTES_PER_SQUARE)
@@ -386,12 +386,12 @@ def _groups(source: Source, resize: int | None, seed: int, shard_bytes: int) -> 
 
 
 def convert_cifar10(images: Path, out: Path, num_train: int = 50_000, num_test: int = 10_000) -> None:
-    """Write the first images of CIFAR-10's splits as MDS to ``out``/train and ``out``/test, unless these exist.
+    """Write the first images of CIFAR-10's splits to the MDS data sets ``out``/train and ``out``/test.
 
-    torchvision's CIFAR-10 is downloaded to the folder ``images`` if it is missing there.
+    A data set that exists is kept. CIFAR-10 is downloaded to the folder ``images`` if it is missing.
 
     Raises:
-        InputError: CIFAR-10 cannot be downloaded or is corrupt, or ``out`` cannot be written.
+        InputError: CIFAR-10 cannot be read, or ``out`` holds other files.
     """
     for split, num_images in (("train", num_train), ("test", num_test)):
         if num_images and not (out / split / INDEX).exists():

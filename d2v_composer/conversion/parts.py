@@ -1,7 +1,4 @@
-"""Make parts of a conversion or of embeddings, in any order, on any machine, and merge them.
-
-A part exists once its last file does. The record beside it has the part's number, source, version and settings.
-"""
+"""Find, check and read the parts of a conversion or of embeddings, before and after they are made."""
 
 import re
 from functools import cached_property
@@ -22,13 +19,13 @@ TABLE_SUFFIXES = (".npy", ".parquet")
 
 
 def plan_of(source: Source, part: Part, **settings: Json) -> Record:
-    """Return a part's record: its number, and the source, version and settings that all parts must share."""
+    """Return the plan of a part: its number, and the source, version and settings that all parts must share."""
     same = {"unit": source.modality.unit, "source": source.content, "version": version("d2v-composer")}
     return part._asdict() | same | settings
 
 
 def fetch_if_remote(address: str, folder: Path) -> Path:
-    """Return the local path of a file, downloaded to a folder if it is in a store; the file may be missing."""
+    """Return the local path of a file, which may be missing; download a file in a store to ``folder`` first."""
     if not is_remote(address):
         return Path(address)
     path = folder / address.rpartition("/")[2]
@@ -37,14 +34,14 @@ def fetch_if_remote(address: str, folder: Path) -> Path:
 
 
 class Parts:
-    """The parts of OUT: for an MDS data set, OUT/parts/00003-of-00016; for embeddings, OUT.parts/00003-of-00016.npy.
+    """The parts of OUT, such as OUT/parts/00003-of-00016 for MDS, or OUT.parts/00003-of-00016.npy for embeddings.
 
     Args:
-        out: A folder or a file, local or in a store.
+        out: The folder of an MDS data set or a file of embeddings, local or in a store.
 
     Attributes:
         folder: The folder of the parts.
-        suffix: Suffix of the file of embeddings; '' for an MDS data set.
+        suffix: Suffix of a file of embeddings; '' for an MDS data set.
     """
 
     def __init__(self, out: str) -> None:
@@ -58,10 +55,10 @@ class Parts:
         return f"{self.folder}/{part.name}{self.suffix}"
 
     def has(self, part: Part, plan: Record) -> bool:
-        """Return True if a part exists; otherwise check that it can be made.
+        """Return True if a part is finished; otherwise, check that the part can be made.
 
         Raises:
-            InputError: The part has another source or other settings, or OUT, a folder, holds other files.
+            InputError: The finished part does not have the given plan, or the folder OUT holds other files.
         """
         if exists(f"{self.folder}/{part.name}{self._last}"):
             self._read(part, plan, "this command")
@@ -73,10 +70,10 @@ class Parts:
         return False
 
     def read_all(self) -> dict[Part, Record]:
-        """Return the record of each part, in order.
+        """Return part → record, in order; check that all parts are finished.
 
         Raises:
-            InputError: A part is missing, or the parts do not belong together.
+            InputError: A part is missing or unreadable, or the parts do not fit each other.
         """
         pattern = re.compile(rf"(\d{{5,}})-of-(\d{{5,}}){re.escape(self._last)}")
         parts = sorted(Part(*map(int, match.groups())) for match in map(pattern.fullmatch, self.files) if match)
@@ -92,7 +89,7 @@ class Parts:
 
     @cached_property
     def files(self) -> dict[str, File]:
-        """Path below the folder → file."""
+        """Path below ``folder`` → file."""
         if is_remote(self.folder):
             return {file.path: file for file in list_store(self.folder)}
         paths = {path.relative_to(self.folder).as_posix(): path for path in Path(self.folder).rglob("*")}

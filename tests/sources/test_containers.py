@@ -467,7 +467,7 @@ def test_a_folder_of_several_kinds_is_refused_unless_one_is_chosen(tmp_path: Pat
     write_parquet(folder / "a" / "0.parquet", {"url": ["a"]})  # img2dataset's table of a tar
     assert open_source(f"{folder}/a", Images()).left_out == {".parquet": 1}
     write_parquet(folder / "a" / "2.parquet", {"image": [IMAGE] * 2})
-    with pytest.raises(InputError, match="x/a holds Parquet files .2. and tars .2."):
+    with pytest.raises(InputError, match=r"x/a holds Parquet files .2. and tars .2."):
         open_source(f"{folder}/a", Images())
     write_parquet(folder / "b" / "0.parquet", {"image": [IMAGE] * 2})
     assert [*open_source(f"{folder}/b", Images()).ids] == ["0.parquet#0", "0.parquet#1"]
