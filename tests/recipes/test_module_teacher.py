@@ -162,7 +162,7 @@ def test_bad_input_is_one_line(package: Path, small_data: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda tokens: (tokens, tokens), r"must map \(1, 3, 32, 32\) to \(1, 16, D\), got tuple"),
+        (lambda tokens: (tokens, tokens), r"must map images \(1, 3, 32, 32\) to tokens \(1, 16, D\), got tuple"),
         (lambda tokens: tokens * torch.nan, "the teacher's outputs are not finite"),
     ],
 )
@@ -178,7 +178,7 @@ def test_a_module_that_returns_something_else_is_refused(
 @pytest.mark.parametrize(
     ("sizes", "problem"),
     [
-        ({"has_cls_token": True}, r"must map \(1, 3, 32, 32\) to \(1, 17, D\), got \(1, 16, 48\)"),
+        ({"has_cls_token": True}, r"must map images \(1, 3, 32, 32\) to tokens \(1, 17, D\), got \(1, 16, 48\)"),
         ({"grid_size": (2, 8)}, r"need a square grid of whole patches, got 2 x 8 for \(32, 32\) pixels"),
         ({"image_mean": (2.0, 0.0, 0.0)}, "image_mean must be less than or equal to 1, got 2.0"),
     ],
