@@ -85,7 +85,7 @@ def read_rows(study: Path, names: Sequence[str] | None = None) -> dict[str, Mapp
     rows = read_yaml(path)
     is_study = rows and all(isinstance(name, str) and isinstance(row, dict) for name, row in rows.items())
     if not (is_study and all(isinstance(row.get("num_images", 1), int) for row in rows.values())):
-        expected = "'name: {key: value}' for each row; num_images is a whole number; a numeric name is in quotes"
+        expected = "'name: {key: value}' for each row; num_images must be a whole number, and a numeric name in quotes"
         raise InputError(f"{path}: expected a line {expected}")
     chosen = [next(iter(rows)), *(rows if names is None else names)]
     for name in chosen:

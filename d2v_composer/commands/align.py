@@ -43,7 +43,7 @@ class Align(Command):
     representation: Representation | None = None
     """Only with --to: representation of the raw embedding to align with, instead of the model's embedding."""
     max_samples: Annotated[int, whole(20, 0x100000)] = 20_000
-    """Maximum number of samples to which the matrix is fitted."""
+    """Maximum number of samples to which the map is fitted."""
     workers: Decoders = None
     column: Column = None
     overwrite: bool = False

@@ -4,8 +4,8 @@
     d2v convert-audio speech_commands datasets/speech_commands/test --split test
     d2v convert-audio recordings datasets/recordings --labels none --skip-unreadable
 
-A 16 kHz mono FLAC, WAV or OGG file keeps its bytes; any other file becomes 16 kHz mono FLAC of 16 bits. Files that are
-silent, shorter than 45 ms or longer than an hour are errors, like corrupt files.
+A 16 kHz mono FLAC, WAV or OGG file keeps its bytes; any other file becomes 16 kHz mono FLAC of 16 bits. Silent
+files, and files shorter than 45 ms or longer than an hour, count as unreadable.
 Run the same command again to resume an interrupted conversion.
 SPLIT is a folder in SOURCE, in a zip or in a tar with folders; for Parquet files and other tars, SPLIT is a word in a
 file's path. Labels come from class folders, from the CSV file of --labels, or from --label-column.

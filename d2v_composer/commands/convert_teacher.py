@@ -51,7 +51,7 @@ class ConvertTeacher(Command):
             self.source, out, self.weights, dtype, self.license, self.embedding, **spectrogram
         )
         config, provenance = teacher.config, teacher.provenance
-        print(f"{provenance['source']} (sha256 of its weights: {provenance['sha256']})")
+        print(f"{provenance['source']} (sha256 of the weights: {provenance['sha256']})")
         print(
             f"{config.modality} model: width {config.embed_dim}, {config.num_heads} heads, "
             f"{config.prenet_depth} blocks in the encoder and {config.depth} others, "

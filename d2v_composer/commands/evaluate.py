@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     if config.out is not None:
         check_replaceable(Path(config.out), weights)
     if "agreement" in config.probes and not evaluation.settings.has_teacher:
-        raise InputError("probes: agreement needs the teacher; name it with teacher=PATH")
+        raise InputError("probes: agreement needs the teacher; set teacher=PATH")
     modality = modality_of(model.encoder.config)
     print(f"embedding: {model.describe(evaluation.settings.headline)}")
     autocast_dtype = choose_precision(config.precision).autocast_dtype

@@ -134,9 +134,9 @@ def _open_samples(path: str, index: "VectorIndex", source: str | None) -> "tuple
     from d2v_composer.sources.open import open_source
 
     if (made_by := index.made_by) is None:
-        raise InputError(f"--html: {path} does not say from which samples its rows were made; run d2v embed again")
+        raise InputError(f"--html: {path} does not name the samples of its rows; run d2v embed again")
     modality = MODALITIES[made_by["modality"]].of_side(SHOWN_SIZE)
-    hint = f"; set --source to where the samples of {path} are"
+    hint = f"; set --source to the samples of {path}"
     try:
         samples = open_source(source or made_by["source"], modality, column=made_by["column"])
     except InputError as error:

@@ -1,4 +1,4 @@
-"""Compare what an exported file computes in each runtime of this machine with PyTorch.
+"""Compare an exported file in each runtime of this machine with the student in PyTorch.
 
     d2v verify student.onnx
     d2v verify student.onnx --runtime openvino --images photos
@@ -6,11 +6,11 @@
     d2v verify student.onnx --kit kit
 
 Loading a .pt2 file runs the code in it.
-The table has a row for PyTorch and for each runtime, with samples per second (/s) in batches of 1 and 16. cosine and
-mean are the minimum and the mean of the embeddings' cosines with PyTorch's embeddings. difference is the largest
-difference from PyTorch's embeddings, and 'by batch' the largest change of an embedding in smaller batches; both are
-relative to the largest value of PyTorch's embeddings. agreement is the share of each sample's ten nearest neighbors
-that PyTorch finds, too. The exit status is 1 if a runtime misses a limit.
+The table has a row for PyTorch and for each runtime. 'cosine' and 'mean' are the minimum and the mean of the cosines of
+embeddings with PyTorch's embeddings. 'difference' is the largest difference from PyTorch's embeddings, and 'by batch'
+the largest change of an embedding in smaller batches, each divided by the largest value of PyTorch's embeddings.
+'agreement' is the share of a sample's ten nearest neighbors that PyTorch finds, too. '/s at 16' is samples per second
+in batches of 16. The exit status is 1 if a runtime misses a limit.
 The numbers are written to EXPORTED.verify.json and, if there is a model card beside EXPORTED, to this card.
 """
 
@@ -39,7 +39,7 @@ class Verify(Command):
     cosine: float | None = None
     """Smallest allowed cosine of an embedding with PyTorch's; default: 0.999, or 0.98 for an int8 file."""
     difference: float | None = None
-    """Largest allowed value of the column difference; default: 0.0001, or 9 for an int8 file; openvino has no limit."""
+    """Largest allowed value of 'difference'; default: 0.0001, or 9 for an int8 file; openvino has no limit."""
     kit: PlaceHere | None = None
     """Folder to write instead of measuring: its script measures EXPORTED on a machine with numpy and the runtime."""
 

@@ -22,7 +22,7 @@ FIXED = "fixed_positional_encoder."
 
 
 class Classifier(ComposerModel):
-    """Train the blocks, the head and optionally the encoder of a student or teacher with labels.
+    """Train a student or a teacher with a linear head to classify samples.
 
     A batch is images, (B, 3, height, width), or waveforms, (B, L), and labels: (B,) int64, or (B, C) float if mixed.
     If waveforms are padded, their lengths in audio samples follow, (B,) int64. :meth:`prepare` normalizes images.
@@ -36,7 +36,7 @@ class Classifier(ComposerModel):
         cpu_bf16: Compute in bfloat16 autocast on a CPU, where Composer's Trainer only accepts fp32.
 
     Attributes:
-        head: Linear, (D) → (C), initially zeros.
+        head: Linear layer from D channels to C classes, initially zeros.
         depth_of_trained: Name of each trained parameter → its depth, from 0 before the encoder's first block to the
             number of all blocks + 1 in the head.
     """

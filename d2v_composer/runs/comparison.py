@@ -173,7 +173,7 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Eva
     places = [*map(hide_secrets, config.rivals)]
     if taken := [place for place in places if place in (*ROWS, GAP_CLOSED) or places.count(place) > 1]:
         raise InputError(
-            f"rivals: {taken[0]!r} is also the title of another row; write a file as ./{taken[0]}, and each rival once"
+            f"rivals: {taken[0]!r} is also the title of another row; write a file as ./{taken[0]}; name each rival once"
         )
     compared = zip(GAP, (untrained, None if isinstance(model, Teacher) else model, teacher), strict=True)
     models = {name: candidate.eval().to(device) for name, candidate in compared if candidate is not None}

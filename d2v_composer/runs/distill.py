@@ -117,7 +117,7 @@ def train_student(
     header["embedding"] = str(model.student.embedding if align is None else fitted)
     if retrieval is not None:
         sets, headline = ", ".join(retrieval.datasets), retrieval.settings.headline
-        header["retrieval"] = f"{sets}, every {config.retrieval.interval}; headline: {headline}"
+        header["retrieval"] = f"{sets}, every {config.retrieval.interval}; embedding in tables: {headline}"
 
     def report() -> None:
         if retrieval is not None and retrieval.history:
@@ -310,7 +310,7 @@ def build_retrieval(
         config: Config of the run.
         model: Model that the run trains.
         align: Callback that fits the student's alignment, if the run has one.
-        stop: Holds whether the run is to end, which also ends a retrieval.
+        stop: Signal to end the run.
 
     Raises:
         InputError: A data set or setting cannot be used.
@@ -345,7 +345,7 @@ def build_retrieval(
 
 
 def choose_embeds(config: TrainConfig, model: DistillationModel) -> tuple[str, Embed, dict[str, Embed]]:
-    """Return the name of the embedding that tables show, the student's embed function, and those of the baselines.
+    """Return the name of the embedding that tables show, and the embed functions of the student and the baselines.
 
     Raises:
         InputError: The section ``retrieval`` names an embedding or a baseline that these models do not have.

@@ -316,7 +316,7 @@ def build_loggers(config: TrainerConfig, unit: str) -> list[LoggerDestination]:
 
 
 def arguments_in(folder: RunFolder, name: str) -> Record:
-    """Return the arguments with which a logger writes into the run's folder; empty for other loggers."""
+    """Return the arguments with which a logger writes into the run's folder, if any."""
     local = folder.local.absolute()
     if name == "jsonl":
         return {"filename": str(folder.local / LOG)}

@@ -1,4 +1,4 @@
-"""Try, train and export a run, under a scheduler that may stop and restart the program.
+"""Try a run, train, and export the student, under a scheduler that may stop and restart the program.
 
 usage: python recipes/launch/run.py FILE.yaml save_folder=s3://… [dotted.key=value …]
 

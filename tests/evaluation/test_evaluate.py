@@ -103,7 +103,7 @@ def test_every_model_and_embedding_has_its_rows(of_a_checkpoint: Evaluated) -> N
 
 
 def test_agreement_needs_a_teacher(rivals: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="probes: agreement needs the teacher; name it with teacher=PATH"):
+    with pytest.raises(InputError, match="probes: agreement needs the teacher; set teacher=PATH"):
         evaluate(tmp_path, rivals["layer_mean"], "probes=[agreement]")
 
 
