@@ -138,7 +138,7 @@ def test_a_moved_model_or_samples_are_named(indexes: Path, tmp_path: Path) -> No
     record["reference"]["model"], record["source"] = "/moved/teacher.safetensors", "/moved/photos"
     about.write_text(json.dumps(record))
     query = (tmp_path / "photos.npy", indexes / "photos/1.png")
-    with pytest.raises(InputError, match=r"/moved/teacher\.safetensors.*name it with --model"):
+    with pytest.raises(InputError, match=r"/moved/teacher\.safetensors.*give its path with --model"):
         found(*query)
     assert found(*query, "--model", TEACHER, "--k", "1")[0].rows.tolist() == [1]
     with pytest.raises(InputError, match="/moved/photos"):
