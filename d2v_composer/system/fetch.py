@@ -1,4 +1,4 @@
-"""Fetch files from web servers and object stores; retry, with pauses, after faults that may pass."""
+"""Fetch files from web servers, object stores and the Hugging Face hub; list and write files in object stores."""
 
 import errno
 import functools
@@ -67,28 +67,28 @@ _asked: dict[Path, float] = {}
 """Cached file → when this process last asked the server whether the file has changed, in monotonic seconds."""
 
 _keeps_inodes: dict[int, bool] = {}
-"""Device → whether its files keep their inode numbers. A mounted store, whose file system has the ID 0, may not."""
+"""Device → whether its files keep their inode numbers; False if the ID of the file system is 0."""
 
 
 class UnchangedError(ValueError):
-    """A file still has the known version, so it is not fetched."""
+    """A file still has the known version."""
 
 
 class File(NamedTuple):
-    """A file as it was listed. A file that changes gets another size, version or number."""
+    """A description of a file, with which changes of the file are detected."""
 
     path: str
-    """Path below the folder or address that was listed."""
+    """Path relative to the folder or address that was listed."""
     size: int = 0
     """Size in bytes; 0 if the store does not report it."""
     version: str = ""
     """Time of the last change in ns; in S3, the ETag; on the hub, the commit; empty if the store reports none."""
     number: int = 0
-    """Inode number of a file on this machine; 0 for other files, and where inode numbers do not last."""
+    """Inode number of a local file; 0 if the file is remote, or its file system does not keep inode numbers."""
 
     @classmethod
     def of(cls, path: str, place: str | Path | int, status: os.stat_result | None = None) -> Self:
-        """Describe a file of this machine, given its path or descriptor and, to save a system call, its ``status``."""
+        """Describe the local file at ``place``, a path or a descriptor; ``status`` is its ``os.stat``, if known."""
         status = status or os.stat(place)
         if status.st_dev not in _keeps_inodes:  # a list of millions of files asks once
             _keeps_inodes[status.st_dev] = not hasattr(os, "statvfs") or os.statvfs(place).f_fsid != 0
@@ -96,7 +96,7 @@ class File(NamedTuple):
 
 
 def cache_folder() -> Path:
-    """Return the folder of fetched files, below torch.hub's folder (``TORCH_HOME``)."""
+    """Return the folder of fetched files, in the folder of torch.hub."""
     return Path(torch.hub.get_dir()) / "d2v_composer"
 
 
@@ -113,22 +113,19 @@ def is_remote(address: str | Path) -> bool:
 
 
 def fetch(address: str | Path, version: str = "", *, again: bool = False) -> Path:
-    """Return the local path of a file; fetch a remote file unless it is cached and has not changed since.
+    """Return the local path of a file; fetch a remote file unless it is cached and has not changed.
 
-    If a cached file cannot be fetched again, or its server does not say whether it has changed, use the cached file,
-    with a warning.
+    If the file cannot be fetched, or its server reports no version, a cached file is used, with a warning.
 
     Args:
-        address: A path, https://…, or an object store's address that mosaicml-streaming reads: s3://, gs://, oci://,
-            azure://, …. Remote files are cached in :func:`cache_folder`. A presigned address with a new signature is
-            the same file; signatures, logins and queries are not written to the disk. Or hf://ORG/NAME for the student
-            in a model of the Hugging Face hub; hf://ORG/NAME@REVISION/FILE for another revision and file of the model;
-            or hf://datasets/ORG/NAME@REVISION/FILE for a file of a data set.
-        version: The only version to fetch; default: the newest. Each version has a copy of its own in the cache.
-        again: Replace the cached copy, because it is damaged.
+        address: A local path; an address on a web server, or in an object store that mosaicml-streaming reads; or, on
+            the Hugging Face hub, hf://ORG/NAME[@REVISION][/FILE] for a file of a model, by default the student, or
+            hf://datasets/ORG/NAME[@REVISION]/FILE for a file of a data set.
+        version: The only version of a file outside the hub to fetch; default: the newest.
+        again: Replace a damaged copy in the cache.
 
     Raises:
-        InputError: No copy is cached, and the file does not exist, has another version, or cannot be fetched.
+        InputError: The file is missing, or cannot be fetched and is not cached.
     """
     if not is_remote(address):
         if (missing := find_missing_file(str(address))) is not None:
@@ -154,14 +151,14 @@ def fetch(address: str | Path, version: str = "", *, again: bool = False) -> Pat
             if not path.exists():
                 raise InputError(problem) from error
             since = time.strftime("%Y-%m-%d", time.localtime(path.stat().st_mtime))
-            log.warning("%s; using the copy of %s; delete %s to fetch it again", problem, since, path)
+            log.warning("%s; using the copy of %s; delete %s to fetch the file again", problem, since, path)
         if not is_asked:
             _asked[path] = time.monotonic()
     return path
 
 
 def _renew(address: str, path: Path, version: str, again: bool) -> None:
-    """Fetch a file, unless its current version is cached."""
+    """Fetch a file unless its current version is cached."""
     version_file = path.with_name(f"{path.name}.version")
     cached_version = version_file.read_text() if version_file.exists() and path.exists() and not again else None
     if cached_version == "":
@@ -184,18 +181,17 @@ def fetch_from_hub(
 ) -> Path:
     """Fetch the first file in ``names`` that a repository on the Hugging Face hub has, and return its local path.
 
-    If the hub does not give access to the repository, the copy in the local cache is used, with a warning. The hub's
-    environment variables apply: HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN.
+    If the hub does not give access to the repository, the copy in the local cache is used, with a warning.
 
     Args:
         repository: The repository's name, ORG/NAME.
         names: Paths in the repository.
-        revision: A branch, a tag or a commit; a cached file of a commit is used without asking the hub.
-        again: Replace the copy in the cache, because it is damaged.
-        options: ``repo_type="dataset"`` for a data set; nothing for a model.
+        revision: A branch, a tag or a commit; ``None``: the default branch.
+        again: Replace a damaged copy in the cache.
+        options: ``repo_type="dataset"`` for a data set.
 
     Raises:
-        InputError: The repository has none of the files, or the hub gives no access and the local cache has none.
+        InputError: None of the files can be fetched, and none is in the local cache.
     """
     from huggingface_hub import HfApi, hf_hub_download
 
@@ -220,24 +216,24 @@ def fetch_from_hub(
 
 
 def find_missing_file(address: str) -> str | None:
-    """Return an error message if there is no file at a local path; ``None`` for a file or a remote address."""
+    """Return an error message if a local path is not that of a file; ``None`` for a remote address."""
     if is_remote(address) or os.path.isfile(address):
         return None
     return "a folder, not a file" if os.path.isdir(address) else "no such file"
 
 
 def download_existing(address: str, path: Path) -> bool:
-    """Fetch a file that may be missing, and retry for ten minutes while its store is unreachable.
+    """Fetch a file that may be missing; retry for at most :data:`RETRY_SECONDS`.
 
     Args:
-        address: Address of the file; see :func:`fetch`.
-        path: Local path, which exists, or is replaced, only once the file is complete.
+        address: Address of the file on a web server or in a store.
+        path: The local path to write; a file there is replaced only by a complete file.
 
     Returns:
-        False if there is no such file.
+        False if the file is missing.
 
     Raises:
-        Exception: The client's error, if the file cannot be read.
+        Exception: The error of the store's client, if the file cannot be fetched.
     """
 
     def attempt() -> None:
@@ -254,7 +250,7 @@ def download_existing(address: str, path: Path) -> bool:
 
 
 def exists(address: str) -> bool:
-    """Return True if there is a file, local or in a store.
+    """Return True if a file, local or in a store, exists.
 
     Raises:
         InputError, RunError: The store cannot be listed.
@@ -268,7 +264,7 @@ def exists(address: str) -> bool:
 def names_in(folder: str | Path) -> list[str]:
     """Return the names in a local folder, or the paths of all files below a folder in a store.
 
-    If the folder is missing, the list is empty.
+    The list is empty if the folder is missing.
 
     Raises:
         InputError: The folder cannot be listed.
@@ -280,9 +276,7 @@ def names_in(folder: str | Path) -> list[str]:
 
 
 def check_outputs(*outputs: str, overwrite: bool) -> None:
-    """Check that the files which a command writes, local or in a store, are new or may be replaced.
-
-    Call it before the work starts, and again under the command's lock before they are written.
+    """Check that output files, local or in a store, are new or may be replaced.
 
     Raises:
         InputError: A file exists and may not be replaced, or cannot be written.
@@ -295,12 +289,12 @@ def check_outputs(*outputs: str, overwrite: bool) -> None:
 
 
 def put(path: Path, address: str, denial_passes: bool = False) -> None:
-    """Move a file to its final path, or upload it to a store; retry for ten minutes while the store is unreachable.
+    """Move a file to its final path, or upload the file to a store with retries for at most :data:`RETRY_SECONDS`.
 
     Args:
-        path: The complete file; if ``address`` is local, on the same disk.
+        path: The complete file; if ``address`` is a local path, the file must be on the same disk.
         address: The file's final path or address.
-        denial_passes: Also retry while the store denies the upload, because it has allowed an earlier one.
+        denial_passes: Also retry while the store denies the upload.
 
     Raises:
         RunError: The store cannot be written.
@@ -317,23 +311,20 @@ def put(path: Path, address: str, denial_passes: bool = False) -> None:
 
 
 def transfer(address: str, path: Path, timeout: float, known: str | None = None) -> str:
-    """Fetch a file without retries; a failure raises the client's error and leaves a partial file.
+    """Fetch a file without retries; a failure may leave a partial file at ``path``.
 
     Args:
-        address: Address of the file; see :func:`fetch`.
+        address: Address of the file on a web server or in a store.
         path: The local file to write.
-        timeout: Seconds until an answer, and between parts; a steady download may take longer.
-        known: The version that is at hand, which is not fetched again.
+        timeout: Seconds to wait for an answer or for more bytes.
+        known: A version that need not be fetched.
 
     Returns:
-        The file's version: the ETag, or else the time of the last change and the size; '' if neither is reported.
+        The file's version, such as its ETag; '' if the store does not report a version.
 
     Raises:
         UnchangedError: The file has the known version.
-        FileNotFoundError: The file does not exist in S3.
-        ConnectionError: S3 sent only a part of the file.
-        TimeoutError: S3 sent less than :data:`LEAST_RATE`.
-        Exception: Another error of the store's client.
+        Exception: The file cannot be fetched.
     """
     if address.startswith(("https://", "http://")):
         return _transfer_from_web(address, path, timeout, known)
@@ -366,11 +357,7 @@ def _transfer_from_web(address: str, path: Path, timeout: float, known: str | No
 
 
 def _transfer_from_s3(address: str, path: Path, timeout: float, known: str | None) -> str:
-    """Fetch a file in one request.
-
-    Streaming's downloader has no limit for the time of a read, and sends two or more requests for a file, at half the
-    speed.
-    """
+    # Streaming's downloader has no limit for the time of a read, and sends at least two requests for a file.
     bucket, _, key = address.removeprefix("s3://").partition("/")
     request = {"Bucket": bucket, "Key": key}
     if bucket in os.environ.get("MOSAICML_STREAMING_AWS_REQUESTER_PAYS", "").split(","):
@@ -413,7 +400,7 @@ def list_store(folder: str, name: str = "") -> list[File]:
 
 
 def list_etags(folder: str, name: str = "") -> dict[str, str]:
-    """Return name → ETag of the objects in a folder in S3, but not in its subfolders; empty for any other folder.
+    """Return name → ETag of the objects in a folder in S3, without subfolders; empty if the folder is not in S3.
 
     Args:
         folder: The address, without a slash at the end.
@@ -444,7 +431,7 @@ def _list_s3(folder: str, name: str, delimiter: str = "") -> list[File]:
 
 
 def open_store(address: str) -> "tuple[ObjectStore, str]":
-    """Return the store's client and the object key for an address."""
+    """Return the client of the store in which an address is, and the key of the object."""
     from composer.utils import maybe_create_object_store_from_uri, parse_uri
 
     store = maybe_create_object_store_from_uri(address)
@@ -453,7 +440,7 @@ def open_store(address: str) -> "tuple[ObjectStore, str]":
 
 
 def list_names(address: str) -> list[str]:
-    """Return the files below a folder in a store, as paths from that folder; the client's errors pass unchanged."""
+    """Return the relative paths of the files below a folder in a store; errors of the store's client pass unchanged."""
     return [file.path for file in _list(address)]
 
 
@@ -466,7 +453,7 @@ def _list(folder: str, name: str = "") -> list[File]:
 
 @functools.cache
 def s3_client(timeout: float, endpoint: str | None, pid: int) -> Any:
-    """Return an S3 client; a forked process must not use its parent's client."""
+    """Return an S3 client for this process, whose id must be given: a forked process cannot use its parent's client."""
     from boto3.session import Session
     from botocore.config import Config
 
@@ -489,15 +476,15 @@ def retry(
 ) -> ResultT:
     """Call ``attempt`` until it succeeds, and return its result.
 
-    Faults of this machine are raised immediately, lasting ones (missing, denied, corrupt) after
-    ``lasting_attempts``, others after ``timeout``. Each failure is logged.
+    An error is raised immediately if :func:`is_local` is true for the error. All other errors are raised after
+    ``timeout``, or after ``lasting_attempts`` errors for which :func:`is_lasting` is true.
 
     Args:
         attempt: The function to call, at least once.
         what: Address that the function uses, for the log.
         timeout: Seconds in which new attempts start; a running attempt is not interrupted.
-        lasting_attempts: Number of attempts for lasting faults; 1 reports a wrong address or key immediately.
-        denial_passes: Treat a store that answers 401, 403 or 404 as unreachable.
+        lasting_attempts: Number of attempts after which an error that a retry is unlikely to mend is raised.
+        denial_passes: Do not count HTTP errors as lasting.
     """
     start = time.monotonic()
     pause, num_lasting = FIRST_PAUSE, 0
@@ -517,18 +504,18 @@ def retry(
 
 
 def is_local(error: BaseException) -> bool:
-    """Return True if a fault is local: a disk or path error, or a package that is not installed."""
+    """Return True if an error is local: an error of the disk or the path, or an import that fails."""
     return isinstance(error, ImportError) or (isinstance(error, OSError) and error.errno in LOCAL)
 
 
 def is_lasting(error: BaseException) -> bool:
-    """Return True if a retry is unlikely to help."""
+    """Return True if a retry after this error is unlikely to help."""
     known = isinstance(error, LASTING) or type(error).__name__ in LASTING_NAMES
     return not _is_unreachable(error) and (known or _status(error) in LASTING_STATUS)
 
 
 def is_missing(error: BaseException) -> bool:
-    """Return True if a store answered that a file does not exist; denied access does not count."""
+    """Return True if an error means that a file does not exist."""
     return not _is_unreachable(error) and (isinstance(error, FileNotFoundError) or _status(error) == 404)
 
 
