@@ -1,4 +1,4 @@
-"""Measure a training step of this package, eager and compiled, and the same step of a naive program.
+"""Measure a training step of this package, eager and compiled, and a naive program's step.
 
 A step is a forward pass, a backward pass, gradient clipping and AdamW, on a batch in memory. The program ``trainer``
 takes the step in Composer's Trainer, with the settings of distill.yaml. The speed of the matrix product is the number

@@ -142,7 +142,7 @@ class LoaderConfig(Section):
 
 
 class ShardLoaderConfig(LoaderConfig):
-    """Loading and augmentation of the training samples, from MDS shards."""
+    """Loading and augmentation of training samples in MDS shards."""
 
     crop_scale: Annotated[Range, must("be at most 1", lambda scale: scale[1] <= 1), NEW_RESULT] = (0.08, 1.0)
     """Smallest and largest area of a random crop, as a fraction of the image's area."""
@@ -468,7 +468,7 @@ class ClassifierAlgorithmsConfig(AlgorithmsConfig):
 
 
 class LabeledRunConfig(TrainerConfig):
-    """Fields of a fine-tuning and of a detector's training."""
+    """Fields of fine-tuning and of a detector's training."""
 
     eval_interval: Duration = "1ep"
     """Time between evaluations, in batches or epochs. The last evaluation is at the end of the run."""

@@ -17,11 +17,11 @@ def modality_of(config: EncoderConfig) -> Modality:
 
 
 def build_augmentation(loader: BaseModel, modality: Modality, seed: int, for_views: bool = False) -> Augmentation:
-    """Build the augmentation for training, or the augmentation that makes views of a sample for an evaluation.
+    """Build the augmentation for training, or for the views of a sample in an evaluation.
 
     Args:
         loader: The config's section ``train_loader``.
-        for_views: Build the augmentation that makes views.
+        for_views: Build the augmentation for views.
 
     Raises:
         InputError: An option of another modality is set.

@@ -97,7 +97,7 @@ class Modality(ABC):
 
     @abstractmethod
     def augmentation(self, for_views: bool, **options: Json) -> Transform:
-        """Return the augmentation for training or, with ``for_views``, the one that makes the views of a sample."""
+        """Return the augmentation for training or, with ``for_views``, for the views of a sample in an evaluation."""
 
     def stack(self, samples: Iterator[Tensor], count: int) -> Tensor | list[Tensor]:
         """Collect ``count`` decoded samples in memory."""

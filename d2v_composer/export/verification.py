@@ -130,7 +130,7 @@ def read_samples(student: Backbone, source: str | None, maximum: int, takes_pixe
     ``takes_pixels``, they are (N, height, width, 3) uint8.
 
     Raises:
-        InputError: There are too few samples, or they cannot be read.
+        InputError: There are too few samples, or a sample cannot be read.
     """
     modality, samples = modality_of(student.encoder.config), []
     if source is not None:

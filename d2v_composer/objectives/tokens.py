@@ -22,7 +22,7 @@ CLS_LOSS_WEIGHT = 0.01  # data2vec 2.0's `cls_loss` of the image models
 
 
 class LayerRegression(Objective):
-    """Regress the mean of the teacher's layers with the student's FFN outputs or its output.
+    """Regress the mean of the teacher's layers with the student's FFN outputs or output.
 
     The head maps the student's channels to the teacher's; for a timm student, the head is a :class:`GridHead`.
 
