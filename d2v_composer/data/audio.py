@@ -142,7 +142,7 @@ class Audio(Modality):
 
     name = "audio"
     unit = "clips"
-    cost_unit = "audio second"
+    cost_unit = "5-s clip"
     suffixes = (".flac", ".wav", ".ogg", ".oga", ".opus", ".mp3")
     encodings = ("bytes",)
     options = frozenset({"crop_seconds"})

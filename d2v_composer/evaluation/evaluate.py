@@ -171,7 +171,7 @@ class Evaluation:
                 {
                     "name": name,
                     "parameters": costs["num_parameters"],
-                    "gflop_per_image": costs["gflop"],
+                    "gflop_per_input": costs["gflop"],
                     "per_second": {size: speeds[name] for size, speeds in self.speeds.items() if name in speeds},
                 }
                 for name, costs in self.costs.items()

@@ -123,7 +123,7 @@ class Backbone(nn.Module, ABC):
 
     def flop(self) -> int:
         """Return the number of operations for all embeddings of one input; see :meth:`Encoder.flop`."""
-        return sum(count_flop(self, lambda: self.embed_all(self.encoder.example(1))).values())
+        return sum(count_flop(self, lambda: self.embed_all(self.encoder.noise(1))).values())
 
     @property
     def block_list(self) -> list[Any]:

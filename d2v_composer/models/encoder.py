@@ -29,7 +29,11 @@ def count_flop(model: nn.Module, compute: Callable[[], object]) -> dict[object, 
         Operator of torch → number of operations.
     """
     was_training = model.training
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted
+    with (
+        torch.random.fork_rng(devices=[]),  # a run's random numbers stay the same
+        FlopCounterMode(display=False) as counter,
+        sdpa_kernel(SDPBackend.MATH),  # fused attention is not counted
+    ):
         model.eval()
         compute()
     model.train(was_training)
@@ -198,8 +202,8 @@ class Encoder(Freezable):
         return Tokens(x_BTD, padding_mask, inputs.window_weights)
 
     def flop(self) -> int:
-        """Return the number of operations for one input of :meth:`example`; see :func:`count_flop`."""
-        return sum(count_flop(self, lambda: self(Inputs(self.example(1)))).values())
+        """Return the number of operations for one input of :meth:`noise`; see :func:`count_flop`."""
+        return sum(count_flop(self, lambda: self(Inputs(self.noise(1)))).values())
 
 
 class Data2Vec2Encoder(Encoder):

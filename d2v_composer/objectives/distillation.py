@@ -112,10 +112,11 @@ class DistillationModel(ComposerModel):
     def _try_teacher(self) -> int:
         """Record the shapes of one input's targets, and return the number of operations that compute them."""
         encoder = self.teacher.encoder
-        tokens = encoder(Inputs(encoder.example(1)))
+        encode = partial(encoder, Inputs(encoder.example(1)))
+        tokens = encode()
         self.target_shapes = {name: target.shape[1:] for name, target in self.targets_of(tokens).items()}
         flop = sum(count_flop(self.teacher, partial(self.targets_of, tokens)).values())
-        return flop if self.student.encoder is encoder else flop + encoder.flop()
+        return flop if self.student.encoder is encoder else flop + sum(count_flop(encoder, encode).values())
 
     @property
     def compares_microbatches(self) -> bool:

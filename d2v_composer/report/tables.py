@@ -81,7 +81,7 @@ def cost_table(
 
     Args:
         costs: Name of a model → result of :func:`~d2v_composer.evaluation.evaluate.cost`.
-        unit: Name of one input, for which GFLOP are counted: image or audio second.
+        unit: Name of one input, for which GFLOP are counted: image or 5-s clip.
         speeds: Batch size → name of a model → inputs per second.
     """
     head = ["", "M parameters", "MB in float32", f"GFLOP/{unit}", *(f"{unit}s/s, batch {size}" for size in speeds)]

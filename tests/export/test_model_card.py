@@ -97,7 +97,7 @@ def test_a_student_of_sound_says_how_it_takes_clips(tmp_path: Path) -> None:
     assert teacher.provenance["license"] == license
     front, text = card_of(student, tmp_path)
     assert (front["pipeline_tag"], front["tags"][-1]) == ("feature-extraction", "audio")
-    shown = "trained it on 96 clips", "maps an audio clip", "GFLOP per audio second", "| clips | 16 kHz mono"
+    shown = "trained it on 96 clips", "maps an audio clip", "GFLOP per 5-s clip", "| clips | 16 kHz mono"
     for words in (*shown, "student.embed(clips)", license):
         assert words in text, words
     assert "image" not in text

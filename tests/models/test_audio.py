@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.models.configs import RELEASED, AudioEncoderConfig, TeacherConfig, parse_convolutions
 from d2v_composer.models.data2vec2 import Data2Vec2
-from d2v_composer.models.encoder import Inputs
+from d2v_composer.models.encoder import Inputs, count_flop
 from d2v_composer.objectives.compilation import compile_model
 from d2v_composer.objectives.distillation import DistillationModel
 from d2v_composer.runs.classifier import Classifier
@@ -105,6 +105,14 @@ def test_the_cost_of_a_step(teacher: Any, num_samples: int) -> None:
     model = DistillationModel(teacher, teacher.build_student(depth=2))
     waveforms = sound(torch.tensor([num_samples] * 2))
     assert model.flops_per_batch(waveforms) == pytest.approx(flops_of_a_step(model, waveforms), rel=0.03)
+
+
+@pytest.mark.parametrize("name", [BASE.name, "eat_base.pt"])
+def test_operations_are_counted_for_a_clip_of_five_seconds(name: str) -> None:
+    teacher, state = load_teacher(GOLDEN / name), torch.get_rng_state()
+    expected = count_flop(teacher, partial(teacher.embed_all, torch.zeros(1, 5 * 16_000)))
+    assert teacher.flop() == sum(expected.values())
+    assert torch.equal(torch.get_rng_state(), state), "a run's random numbers depend on its count of operations"
 
 
 def test_wrong_waveforms_and_lengths(teacher: Any) -> None:
