@@ -257,7 +257,7 @@ def convert(
         workers: Number of worker processes.
         shard_bytes: Approximate size of a shard, in bytes.
         skip_unreadable: Skip unreadable samples.
-        plan: The record of a part, which may have no samples; see :class:`~d2v_composer.conversion.parts.Parts`.
+        plan: For a part, the result of :func:`~d2v_composer.conversion.parts.plan_of`; a part may have no samples.
         **options: Options of :meth:`Images.encode <d2v_composer.data.images.Images.encode>` or of
             :meth:`Audio.encode <d2v_composer.data.audio.Audio.encode>`.
 

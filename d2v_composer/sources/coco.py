@@ -1,4 +1,4 @@
-"""Read the boxes and the paths of a folder of images from a JSON file in COCO's format."""
+"""Read the boxes of the images in a folder from a JSON file in COCO's format."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -51,7 +51,7 @@ class Boxes(NamedTuple):
     sizes: Int64Array
     """Width and height of each image, in pixels, (N, 2)."""
     first: Int64Array
-    """Image i has the boxes from ``first[i]`` to ``first[i + 1]``, exclusive, (N + 1,)."""
+    """Indices in ``boxes``, (N + 1,): image i has ``boxes[first[i] : first[i + 1]]``."""
     boxes: NDArray[np.float32]
     """Left, top, right and bottom of each box, in pixels, (K, 4)."""
     labels: Int64Array

@@ -64,7 +64,7 @@ class EvaluationSet(NamedTuple):
     """Embeddings of the C class names by a text tower, (C, P) float32."""
 
     def numbered(self) -> "EvaluationSet":
-        """Return the set with labels renumbered from 0 without gaps, and class names and embeddings in that order."""
+        """Return the set with labels renumbered from 0 without gaps, and with class names and embeddings reordered."""
         if not self.has_labels:
             return self
         values, numbers = torch.cat([self.train.labels, self.test.labels]).unique(return_inverse=True)
@@ -135,7 +135,7 @@ def load_labeled_set(
         interpolation: Interpolation with which images are resized: ``bicubic`` or ``bilinear``.
         download: Download CIFAR to ``root`` if it is missing.
         column: The column that holds the samples; see :func:`~d2v_composer.sources.open.open_source`.
-        label_column: The column that holds the labels; ``None``: load no labels. CIFAR and Speech Commands ignore it.
+        label_column: The column that holds the labels; ``None``: no labels. Ignored for CIFAR and Speech Commands.
         max_images: Maximum number of samples of each split, which are evenly spaced; default: all.
         class_embeddings: A .npy file, (C, P), with a text tower's embedding of each class, in the order of the labels.
 
@@ -192,7 +192,7 @@ def open_labeled_sets(
 
 
 ONLY_SAMPLES = {"download": False, "class_embeddings": None}
-"""Arguments with which :func:`open_labeled_sets` downloads no CIFAR and reads no class embeddings."""
+"""Arguments with which :func:`open_labeled_sets` neither downloads data sets nor reads class embeddings."""
 
 
 def _read_class_embeddings(path: Path, labeled: EvaluationSet) -> Tensor:
@@ -211,7 +211,7 @@ def _read_class_embeddings(path: Path, labeled: EvaluationSet) -> Tensor:
 
 
 def open_cifar(name: str, root: Path, download: bool) -> dict[str, Source]:
-    """Open torchvision's CIFAR-10 (``cifar10``) or CIFAR-100 (``cifar100``): split, train or test → samples.
+    """Open the splits ``train`` and ``test`` of torchvision's ``cifar10`` or ``cifar100``.
 
     Raises:
         InputError: The data set is missing, corrupt, or cannot be downloaded.

@@ -144,7 +144,7 @@ def list_files(source: str, suffixes: tuple[str, ...], needs: Mapping[str, str])
 
 
 def matched_parts(glob: Sequence[str], parts: Sequence[str]) -> frozenset[int]:
-    """Return all numbers n for which the first n parts of a glob match the whole path that has these parts."""
+    """Return all numbers n for which the first n parts of a glob match the whole path, given as ``parts``."""
     counts = {0}
     for part in ("", *parts):
         if part:

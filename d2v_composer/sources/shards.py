@@ -196,7 +196,7 @@ class Shards:
         return self._locks / PARTIAL.sub("", str(path.relative_to(self.local)))
 
     def _remove_abandoned(self, suffix: str = "") -> None:
-        """Remove the temporary files, with this suffix, of killed processes."""
+        """Remove temporary files, whose names end with ``suffix``, of killed processes."""
         for left in find_partials(self._known):
             if left.name.endswith(suffix):
                 with sole_user(self._lock_of(left)) as is_abandoned:

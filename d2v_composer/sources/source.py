@@ -152,7 +152,7 @@ class SampleListing(NamedTuple):
     fingerprints: Int64Array
     load: Callable[[int], bytes]
     labels: Sequence[Json]
-    """Label of each sample, as stored; for samples in folders, the path of each sample."""
+    """Labels as stored, or paths of the samples, in which folders are labels; may be empty."""
     class_names: Sequence[str] = ()
     left_out: Mapping[str, int] = {}
     content: str = ""
