@@ -1,4 +1,4 @@
-"""Read and download a run's checkpoints, and order them by their names, ``epEPOCH-baBATCH-rank0.pt``."""
+"""Fetch models' files, and download, read and order a run's checkpoints, ``epEPOCH-baBATCH-rank0.pt``."""
 
 import datetime
 import logging
@@ -63,7 +63,7 @@ class Checkpoint(NamedTuple):
 
     path: Path
     contents: Record
-    """The dict that Composer saves; the file of another program may contain any dict with the key ``state``."""
+    """The dict that Composer saved."""
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -80,7 +80,7 @@ class Checkpoint(NamedTuple):
         return int(self.contents["state"]["timestamp"]["Timestamp"][unit])
 
     def saved_by(self, callback: str) -> Record:
-        """Return the state that a callback saved, given its class name; {} if the run had no such callback."""
+        """Return the state of the callback with this class name; {} if the run had no callback of this class."""
         return self.contents["state"]["callbacks"].get(callback, {})
 
     @property
@@ -137,7 +137,7 @@ def fetch_model(path: str | Path) -> Path:
     """Return the local path of a model's file; a remote file is downloaded to the cache.
 
     Raises:
-        InputError: The file cannot be fetched, or ``path`` is a run's folder.
+        InputError: The file is missing or cannot be fetched, or ``path`` is a run's folder.
     """
     with reading(path):
         if not is_remote(path) and (newest := Path(path) / LATEST).exists():
@@ -168,8 +168,10 @@ def _age(name: str) -> tuple[int, ...]:
 def stored_checkpoints(address: str) -> list[str]:
     """Return the names of a run's checkpoints in a store, the newest first; [] if the store has no pointer file.
 
+    Checkpoints newer than the one that the pointer file names are left out.
+
     Raises:
-        InputError: The store cannot be listed, or holds files that are not a run's.
+        InputError: The store cannot be read, or the folder at ``address`` holds only foreign files.
     """
     try:
         names = retry(lambda: list_names(address), address, RETRY_SECONDS)

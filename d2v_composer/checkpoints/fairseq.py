@@ -47,7 +47,7 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> t
         weights: ``model``, or ``ema`` for the exponential moving average.
 
     Returns:
-        The teacher, and the names of the file's tensors that the teacher does not use.
+        The teacher, and the names of the tensors that are left out because only pre-training uses them.
 
     Raises:
         InputError: The file is corrupt, is not a supported pre-trained checkpoint, or lacks a tensor or the EMA
@@ -60,7 +60,9 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> t
             f"{path} is a training checkpoint, not a teacher; run.yaml in the run's folder names the teacher"
         )
     if stored is None or sizes is None:
-        raise InputError(f"{path}: not a fairseq data2vec 2.0 checkpoint: it lacks the dict 'model' or cfg['model']")
+        raise InputError(
+            f"{path}: not a fairseq checkpoint of data2vec 2.0 or EAT: it lacks the dict 'model' or cfg['model']"
+        )
     prefix = next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in stored)), None)
     if prefix is None:
         raise InputError(
@@ -191,14 +193,14 @@ def convert_teacher(
         out: The file to write.
         weights: The weights to keep: ``model``, or ``ema`` for the exponential moving average.
         dtype: Dtype of the stored tensors.
-        license: Text on the weights' license for the metadata; default: the text in ``LICENSES``.
+        license: Text on the weights' license for the file's metadata; default: the text in ``LICENSES``.
         embedding: Name of the raw embedding to use as the teacher's embedding, such as ``output_cls``; default: the
             last block's output with the encoder's default pooling.
         spectrogram: For EAT: ``target_length`` in frames, by default the file's; ``log_mel_mean`` and ``log_mel_std``,
             by default AudioSet's.
 
     Returns:
-        The teacher, and the names of the checkpoint's tensors that the teacher does not use.
+        The teacher, and the names of the tensors that are left out because only pre-training uses them.
 
     Raises:
         InputError: The checkpoint does not exist, is not a supported teacher, or does not fit an argument.

@@ -1,4 +1,4 @@
-"""Load teachers and students from files, and write students."""
+"""Load teachers and students, and write students to files."""
 
 import logging
 from collections.abc import Callable
@@ -51,24 +51,24 @@ def load_teacher(
     """Load a frozen teacher, in eval mode and float32.
 
     Args:
-        path: Local path, https:// or object store address of the teacher's file. data2vec 2.0: fairseq's .pt, or a file
-            of ``convert_teacher``. timm: a .safetensors or PyTorch file, or ``None`` for timm's pretrained weights from
-            the Hugging Face hub or its cache. ``ext/NAME``: what the package takes.
-        weights: ``model``, or ``ema`` for the exponential moving average of a data2vec 2.0 model.
-        model: ``data2vec2``; ``timm/NAME``, with a NAME that ``timm.create_model`` takes; or ``ext/NAME``, a teacher
-            that an installed package offers.
-        first_blocks: Number of blocks in the shared encoder; default: for timm, a sixth of the model's blocks; for
-            data2vec 2.0, the blocks of the modality encoder.
+        path: Path or address of the teacher's file. For ``data2vec2``: a fairseq checkpoint, .pt, or a file of
+            ``convert_teacher``. For ``timm/NAME``: a .safetensors or PyTorch file, or ``None`` for timm's pretrained
+            weights from the Hugging Face hub or the local cache. For ``ext/NAME``: what the package takes.
+        weights: ``model``; or, for ``data2vec2`` only, ``ema``: the exponential moving average of the weights.
+        model: ``data2vec2``, which includes EAT; ``timm/NAME``, with a NAME that ``timm.create_model`` takes; or
+            ``ext/NAME``, a teacher that an installed package offers.
+        first_blocks: Number of blocks in the shared encoder; default: for timm, a sixth of the model's blocks, rounded;
+            for ``data2vec2``, the blocks of the modality encoder.
         image_size: For timm: pixels per side, or height and width as (112, 168) or '112x168'; default: timm's size for
             the model.
 
     Raises:
-        InputError: The file does not exist, is not a supported teacher, or does not fit an argument.
+        InputError: The teacher cannot be loaded, is not supported, or does not fit an argument.
 
     Example:
         >>> teacher = load_teacher("teacher.safetensors")
         >>> x = teacher.encode(images)  # (B, T, D)
-        >>> targets = teacher.targets(x)  # (B, T, D), what a student regresses
+        >>> targets = teacher.targets(x)  # (B, T, D)
     """
     if model != DATA2VEC2 and weights != "model":
         raise InputError(f"weights: {model} has no {weights} weights; set weights=model")
@@ -99,7 +99,7 @@ def load_same_teacher(source: str, record: Record, **options: Json) -> Teacher:
     """Load a teacher, and check that the student with this record was distilled from the same teacher.
 
     Args:
-        source: ``path`` of :func:`load_teacher`, or ``timm/NAME`` for timm's pretrained weights.
+        source: ``path`` of :func:`load_teacher`; the same text as the option ``model`` stands for ``None``.
         record: The record of the run that distilled the student.
         **options: Further arguments of :func:`load_teacher`.
 
@@ -140,7 +140,7 @@ def save_student(student: Backbone, out: Path, when_complete: Callable[[], objec
     ``when_complete`` is called just before the file appears.
 
     Raises:
-        InputError: timm would compute other outputs with the file.
+        InputError: timm cannot load the student, or would compute other outputs.
         RunError: The file cannot be written.
     """
     kind = "classifier" if isinstance(student.head, nn.Linear) else "student"
@@ -152,7 +152,7 @@ def load_student(path: str | Path) -> Backbone:
     """Load an exported student, with its classifier if there is one, in eval mode and float32.
 
     Args:
-        path: Local path, https:// or object store address of a file of ``d2v export``.
+        path: Path or address of a file of ``d2v export``.
 
     Returns:
         A :class:`~d2v_composer.models.timm_network.TimmStudent` if the student is a whole timm model, else a
@@ -185,17 +185,18 @@ def load_models(path: str, weights: Weights = "model", teacher: str | None = Non
     """Load the model in any supported file, and its teacher.
 
     Args:
-        path: A data2vec 2.0 teacher's file, as for :func:`load_teacher`; an exported or fine-tuned student, or a
-            training checkpoint.
+        path: Path or address of a data2vec 2.0 or EAT teacher, an exported or fine-tuned student, or a training
+            checkpoint.
         weights: Argument of :func:`load_teacher`, for a teacher's file.
-        teacher: Path of the student's teacher. Default: for a checkpoint of a distillation, the path used in training;
-            for another student, no teacher is loaded.
+        teacher: Path or address of the student's teacher. Default: for a checkpoint of a distillation, the teacher
+            with which the run trained; for an exported or fine-tuned student, none.
 
     Returns:
         The student, and its teacher or ``None``; for a teacher's file, the teacher twice.
 
     Raises:
-        InputError: The file is missing, corrupt or not supported, or the student's teacher cannot be loaded.
+        InputError: The file is missing, corrupt or not supported; or the teacher at ``teacher``, or a teacher whose
+            encoder the student shares, cannot be loaded.
     """
 
     def load(file: Path) -> Models:
@@ -231,7 +232,7 @@ def _with_teacher(student: Backbone, path: str | None) -> Models:
 
 
 def _as_estimated(teacher: Teacher | None, student: Backbone) -> Teacher | None:
-    """Make the teacher's embedding the one that the student estimates or, if it estimates none, the run's choice."""
+    """Set the teacher's embedding to the one that the student estimates or, without an alignment, to the run's."""
     if teacher is not None and student.embedding.made_by == "raw":  # may have another name, such as a timm student's
         chosen: Any = value_at(distillation_of(student.provenance), "config.alignment") or {}
         teacher.use_embedding(chosen.get("pooling"), chosen.get("representation"))
@@ -286,7 +287,7 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
 
 
 def _results_of(checkpoint: Checkpoint) -> Record:
-    """Return the section ``results`` for a run's record; {} if the run measured nothing."""
+    """Return the last retrieval results, under the key ``results``, for a record; {} if the run measured none."""
     saved = checkpoint.saved_by("ZeroShotRetrieval")
     if not saved.get("history"):
         return {}

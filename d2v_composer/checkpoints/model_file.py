@@ -1,4 +1,4 @@
-"""Read and write this package's model files: safetensors with a model's kind, sizes and provenance."""
+"""Read and write model files, safetensors with a model's kind, sizes and provenance, and build models from them."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -99,7 +99,7 @@ def read_model_file(path: Path) -> ModelFile:
     """Read any safetensors file.
 
     Raises:
-        InputError: The file is truncated or corrupt, or this package wrote it in another format version.
+        InputError: The file cannot be read or is corrupt, or its format version is not supported.
     """
     with reading(path):
         with safe_open(path, framework="pt") as file:
@@ -131,7 +131,7 @@ def is_safetensors(path: Path) -> bool:
 
 
 def build_loaded(source: ModelName, build: Callable[[], ModuleT], tensors: Tensors) -> ModuleT:
-    """Build a model, and load tensors into it.
+    """Build a model, and load ``tensors`` into the model.
 
     Raises:
         InputError: The tensors do not fit the model; see :func:`check_fits`.
@@ -175,7 +175,7 @@ def check_numbers(tensors: Tensors) -> None:
     """Check that tensors hold finite floating-point numbers.
 
     Raises:
-        ValueError: A tensor has another dtype or layout, a number that is not finite, or too few numbers for its shape.
+        ValueError: A tensor is not dense, not floating-point or not finite, or has too few numbers for its shape.
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS or tensor.layout != torch.strided or tensor.is_meta:
@@ -243,7 +243,9 @@ def new_student(
     """Build a student into which ``tensors`` can be loaded.
 
     Args:
-        sizes, tensors, provenance: See :func:`build_student`.
+        sizes: The student's sizes.
+        tensors: The student's tensors by name; they are not loaded.
+        provenance: The student's provenance.
         encoder: The teacher's encoder, if the student is to share it; default: a new encoder.
 
     Raises:
@@ -311,7 +313,7 @@ def build_encoder(config: EncoderConfig) -> Encoder:
     if type(config) in ENCODERS:
         return ENCODERS[type(config)](config).freeze()
     assert isinstance(config, TimmEncoderConfig)
-    with torch.device("cpu"):  # see build_student
+    with torch.device("cpu"):  # see new_student
         from d2v_composer.models.timm_teacher import TimmEncoder
 
     return TimmEncoder(config).freeze()

@@ -1,4 +1,4 @@
-"""Find the checkpoint from which a run resumes, and bring it to every node."""
+"""Find the checkpoint from which a run resumes, bring the checkpoint to every node, and drop an unused loss scaler."""
 
 import logging
 import os
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 def find_newest(
     folder: RunFolder, accept: Callable[[Checkpoint], object], *, resumes: bool = True, uploads: bool = False
 ) -> Checkpoint | None:
-    """Read a run's newest complete checkpoint, from its local folder or its store; ``None`` if there is none.
+    """Read a run's newest complete checkpoint, from the local folder or the store; ``None`` for a new run.
 
     Truncated and corrupt checkpoints are skipped with a warning. Afterwards, ``latest-rank0.pt`` points at the returned
     checkpoint.
@@ -47,8 +47,8 @@ def find_newest(
         uploads: Upload the returned checkpoint to the store if the checkpoint was in the local folder.
 
     Raises:
-        InputError: The store cannot be read or holds only foreign files, no checkpoint is complete, a file is not a
-            run's checkpoint, or there are checkpoints although ``resumes`` is false.
+        InputError: The store cannot be read or holds only foreign files, a file is not a run's checkpoint, no
+            checkpoint of the run is complete, or the run has checkpoints although ``resumes`` is false.
         Exception: ``accept`` raised an exception.
         RunError: The store cannot be written.
     """
@@ -106,7 +106,7 @@ def share_newest(folder: RunFolder, resumes: bool, accept: Callable[[Checkpoint]
     See :func:`find_newest` for the arguments and further errors.
 
     Raises:
-        InputError: A node cannot get the checkpoint, or has a different file of that name.
+        InputError: A node cannot get the checkpoint, or has a different file with the same name.
     """
     on_several_nodes = num_nodes() > 1
     newest, shared = None, [("", "")]

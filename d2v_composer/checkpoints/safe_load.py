@@ -55,7 +55,7 @@ def is_checkpoint(contents: object) -> bool:
 
 
 def check_archive(path: Path, kind: type[InputError] = InputError) -> None:
-    """Check the sizes, checksums and pickle of a PyTorch file, which torch does not check.
+    """Check the sizes, checksums and pickle of a PyTorch file.
 
     Args:
         path: The file.
@@ -78,7 +78,9 @@ def check_archive(path: Path, kind: type[InputError] = InputError) -> None:
             entries = archive.infolist()
             is_odd = any(entry.compress_type or entry.external_attr & DIRECTORY for entry in entries)
             if is_odd or sum(entry.file_size for entry in entries) > num_bytes:
-                raise ValueError("its archive has folders, compressed or overlapping files, which torch never writes")
+                raise ValueError(
+                    "its archive has a folder, a compressed file or overlapping files, which torch never writes"
+                )
             if len({entry.filename.casefold() for entry in entries}) != len(entries):  # torch may read another one
                 raise ValueError("its archive has several files whose names differ at most in case")
             if (broken := archive.testzip()) is not None:  # torch maps the tensors into memory without a look
@@ -109,7 +111,7 @@ def _check_pickle(pickled: bytes) -> None:
     """Check a pickle's instructions without building any object.
 
     Raises:
-        ValueError: torch would take too long to read the pickle, or would allocate as much memory as the pickle names.
+        ValueError: To read the pickle, torch would need too much time or memory.
     """
     # For each object in the pickle: how many tuples it is made of.
     stack, marks, memo = list[int](), list[int](), dict[object, int]()

@@ -101,7 +101,7 @@ def upload_checkpoint(path: Path, address: str) -> None:
 
 
 def upload_missing(folder: RunFolder) -> None:
-    """Upload a run's newest and best checkpoint, unless the newest in the store has the same name.
+    """Upload a run's newest and best checkpoints; do nothing if the newest checkpoint is also the newest in the store.
 
     Raises:
         InputError: The store cannot be listed.

@@ -40,10 +40,10 @@ def convert_to_timm(source: ModelName, student: Backbone) -> tuple[Record, Tenso
 
     Args:
         source: Name of the student in errors.
-        student: The student; the head, if there is one, reads the student's embedding.
+        student: The student, with or without a classifier.
 
     Raises:
-        InputError: timm computes other outputs.
+        InputError: timm cannot load the student, or computes other outputs.
     """
     import timm  # takes seconds
 
@@ -97,17 +97,16 @@ def timm_call(student: Backbone, file: str | Path) -> str:
 class TimmWrapper(nn.Module):
     """timm's interface to a :class:`~d2v_composer.models.student.Student`.
 
-    The student is built when a file of ``d2v export`` is loaded. Its encoder stays frozen.
+    The student is built when a file of ``d2v export`` is loaded. The student's encoder stays frozen.
 
     Args:
         num_classes: Number of the head's outputs. If this is the width of the file's alignment, the head is the
             alignment. If this is 0, the model has no head and returns the pooled features. Otherwise, the head is the
-            file's classifier or, if the file has none, a new head of zeros.
+            file's classifier or, if the file has no classifier, a new head of zeros.
         global_pool: ``token``: the CLS token; ``avg``: the mean of the patches; ``mean``: the mean of all tokens.
-            Default: the poolings that the file's alignment reads or, without an alignment, the pooling of the file's
-            raw embedding.
-        representation: ``output``: the last block's output; ``layer_mean``: the mean of the layers. Default: the
-            representations that the alignment or the raw embedding reads.
+        representation: ``output``: the last block's output; ``layer_mean``: the normalized mean of the FFN outputs.
+            With neither this argument nor ``global_pool``, the model pools what the file's alignment reads or, without
+            an alignment, the file's raw embedding.
     """
 
     def __init__(
@@ -200,8 +199,6 @@ class TimmWrapper(nn.Module):
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
         """Build the student from the tensors of a file of ``d2v export`` or of this model's state dict.
-
-        The model keeps its head if the tensors have neither a classifier nor an alignment of ``num_classes`` outputs.
 
         Raises:
             InputError: The sizes are missing, the tensors do not fit them, or the student lacks the chosen embedding.

@@ -51,7 +51,7 @@ def load_timm_teacher(
     """Load a frozen teacher ``timm/NAME``; see :func:`~d2v_composer.checkpoints.load.load_teacher`.
 
     Raises:
-        InputError: The model cannot be a teacher, or the file does not have the model's weights.
+        InputError: The model cannot be a teacher, or its weights cannot be loaded.
     """
     try:
         built = build_timm_model(model, image_size)
@@ -83,7 +83,7 @@ def load_timm_teacher(
 
 
 def fetch_pretrained(model: str, pretrained: Mapping[str, Json]) -> Path:
-    """Return the local path of timm's pretrained weights, from the Hugging Face hub or its cache.
+    """Return the local path of timm's pretrained weights, from the Hugging Face hub or the local cache.
 
     Raises:
         InputError: timm has no weights for this model, or they are neither in the cache nor reachable.

@@ -59,7 +59,7 @@ class Pairs(NamedTuple):
 
 
 def pairs_of_index(source: Source, index: VectorIndex, path: str, maximum: int) -> tuple[Pairs, int]:
-    """Pair samples of a source, at most ``maximum`` at even intervals, with the rows of an index that have their ids.
+    """Pair at most ``maximum`` samples, evenly spaced, with the rows of an index that have the same ids.
 
     Returns:
         The pairs, and the number of rows left out because they share an id with another row.
@@ -74,8 +74,8 @@ def pairs_of_index(source: Source, index: VectorIndex, path: str, maximum: int) 
     if not numbers:
         there, here = (repr(str(ids[0])) if len(ids) else "none" for ids in (index.ids, source.ids))
         raise InputError(
-            f"{path} has no row for any sample of {source.root}: the first id of the index is {there}, that of the "
-            f"source {here}; left out {num_repeated:,} rows with repeated ids"
+            f"{path} has no row for any sample of {source.root}: the first id is {there} in the index, and {here} "
+            f"in the source; left out {num_repeated:,} rows with repeated ids"
         )
     numbers = [numbers[place] for place in evenly_spaced(len(numbers), maximum)]
     found = np.array([rows[str(source.ids[number])] for number in numbers])

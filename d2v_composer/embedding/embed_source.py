@@ -1,4 +1,4 @@
-"""Embed the samples of a source into one file, in one process or several, and merge parts.
+"""Embed the samples of a source, in one process or several, write the embeddings, and merge the files of parts.
 
 Shapes: N samples, B samples of a batch, D channels.
 """
@@ -148,9 +148,9 @@ def embed_source(
         made_from: The fields ``reference``, ``source`` and ``column`` of :class:`IndexRecord`.
 
     Raises:
-        InputError: A sample is unreadable, an embedding is not finite, ``out`` exists or another process writes it, or
-            an interrupted run had other settings.
-        RunError: The disk, the store or a shard fails, or a worker was killed.
+        InputError: A sample is unreadable and ``skip_unreadable`` is false, an embedding is not finite, ``out`` cannot
+            be written, another process writes ``out``, or an interrupted run had other settings.
+        RunError: The disk, the store, a shard, a worker or another rank fails.
     """
     out, rank = str(out), global_rank()
     place = source.root if is_remote(source.root) else Path(source.root).resolve()
@@ -229,7 +229,9 @@ def _sole_writer(out: str, folder: Path, lock: str = ".lock") -> Iterator[None]:
     """
     with writing(folder), sole_user(folder / lock, LOCK_SECONDS) as alone:
         if not alone:
-            raise InputError(f"{out}: another process is writing this file; wait for it, or choose another OUT")
+            raise InputError(
+                f"{out}: another process is writing this file; wait until that process ends, or choose another OUT"
+            )
         yield
     with suppress(OSError):
         folder.rmdir()
@@ -245,11 +247,13 @@ def check_ids(ids: Iterable[object]) -> None:
         try:
             name.encode()
         except UnicodeEncodeError as error:
-            raise InputError(f"{name!r} is not UTF-8, which Parquet needs; rename it, or write NAME.npy") from error
+            raise InputError(
+                f"{name!r} is not UTF-8, which Parquet needs; rename the file, or write NAME.npy"
+            ) from error
 
 
 def _cut(source: Source, plan: Mapping[str, Json], folder: Path) -> list[_Chunk]:
-    """Cut a source, or its part, into chunks of batches, whose names are hashes of what the embeddings depend on."""
+    """Cut a source, or its part, into chunks; the name of a chunk's file is a hash of what the embeddings depend on."""
     # A killed run loses at most one chunk of each process, and any number of processes writes the same bytes.
     size, chunks = plan["batch_size"], list[_Chunk]()
     batches = source.part.of([range(first, min(first + size, len(source))) for first in range(0, len(source), size)])
@@ -302,7 +306,7 @@ def _check_plan(folder: Path, plan: Mapping[str, Json]) -> None:
 
 
 def merge_embeddings(out: str, *, overwrite: bool) -> Embedded:
-    """Merge all parts of ``out`` into one file, and keep the parts.
+    """Merge all parts of ``out``, write ``out``, and keep the parts.
 
     Raises:
         InputError: A part is missing or damaged, the parts do not belong together, or ``out`` cannot be written.

@@ -38,7 +38,8 @@ def read_index(path: str) -> VectorIndex:
         path: Path or address of the index.
 
     Raises:
-        InputError: A file cannot be read, there is not one row for each id, or a row cannot be scaled to length 1.
+        InputError: A file cannot be read, there is not one row for each id, or a row has numbers that are infinite,
+            NaN, too small or too large.
     """
     with reading(path):
         if path.endswith(".npy"):

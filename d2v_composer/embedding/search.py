@@ -48,7 +48,7 @@ class Found(NamedTuple):
 def embed_queries(
     index: VectorIndex, path: str, queries: Sequence[str], model: str | None, device: str
 ) -> tuple[list[Source], list[str], Tensor]:
-    """Embed queries with the model that made an index, or with another model of the same embedding space.
+    """Embed queries with the model that made an index, or with ``model``.
 
     Args:
         index: The index.
@@ -81,7 +81,7 @@ def embed_queries(
     if made_by is not None and (name := _matching_embedding(loaded, made_by, raw)) is None:
         raise InputError(
             f"{path} has embeddings of {made_by['reference']['model']} ({made_by['embedding']}); "
-            f"{model or 'this file has changed, and'} embeds into another space ({loaded.embedding})"
+            f"{model or 'the model has changed, and'} embeds into another space ({loaded.embedding})"
         )
     if (width := loaded.describe(name).width) != index.rows.shape[1]:
         raise InputError(
@@ -115,7 +115,7 @@ def _matching_embedding(model: Backbone, made_by: IndexRecord, raw: Mapping[str,
 
 
 def search(index: VectorIndex, names: Sequence[str], queries: Tensor, k: int) -> list[Found]:
-    """Return the k rows nearest to each query, (Q, D), by cosine, or all rows if the index has fewer than k."""
+    """Return, for each of ``queries``, (Q, D), the k rows with the largest cosines, or all rows if there are fewer."""
     nearest = exact_neighbors(as_tensor(index.rows), queries, min(k, len(index.ids)))
     found = zip(names, nearest.indices.numpy(), nearest.similarities.numpy(), strict=True)
     return [Found(*each) for each in found]
@@ -130,8 +130,8 @@ def search_row(index: VectorIndex, path: str, name: str, k: int) -> Found:
     rows = np.flatnonzero(index.ids == name)
     if len(rows) != 1:
         raise InputError(
-            f"--id: expected the id of one row; {len(rows) or 'no'} rows of {path} have {name!r}; the first id is "
-            f"{str(index.ids[0])!r}"
+            f"--id: expected the id of one row; {len(rows) or 'no'} rows of {path} have the id {name!r}; "
+            f"the first id is {str(index.ids[0])!r}"
         )
     (found,) = search(index, [name], torch.from_numpy(index.rows[rows]), k + 1)
     others = np.flatnonzero(found.rows != rows[0])[:k]
@@ -190,7 +190,7 @@ def _centered(rows: NDArray[np.floating], mean_D: NDArray[np.float64]) -> Tensor
 
 
 def _join(labels: Int64Array, first: Int64Array, second: Int64Array) -> None:
-    """Give all rows of connected groups one label, the smallest of their labels."""
+    """For every i, join the groups of rows ``first[i]`` and ``second[i]``: all rows of both get the smallest label."""
     while len(first):
         low, high = (choose(labels[first], labels[second]) for choose in (np.minimum, np.maximum))
         apart = low != high

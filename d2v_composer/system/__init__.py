@@ -1,1 +1,1 @@
-"""Use the machine: files, locks, stores, processes and nodes."""
+"""Use files, locks, stores, processes and nodes; report errors and progress."""

@@ -73,7 +73,9 @@ class Address(NamedTuple):
         parts = path.rstrip("/").split("/") if path else []
         is_odd = re.search(r"[][]", bucket) or re.search(r"[#?\s]", bucket + path.replace(" ", ""))
         if is_odd or not (bucket or scheme == "dbfs") or not {"", ".", ".."}.isdisjoint(parts):
-            raise ValueError(f"expected {scheme}://BUCKET/KEY without '#', '?', '//' or '..', got {text!r}")
+            raise ValueError(
+                f"expected {scheme}://BUCKET/KEY without '#', '?' and parts that are empty, '.' or '..', got {text!r}"
+            )
         return cls(scheme, bucket, path.rstrip("/"))
 
     @property

@@ -1,4 +1,4 @@
-"""Run a command, print each error that a user can mend in one line, and print the next steps."""
+"""Run a command, print one line for each error that a user can mend, and print the next steps."""
 
 import gc
 import os

@@ -1,4 +1,4 @@
-"""Write local files atomically, and lock files."""
+"""Check, read, lock and atomically write local files, and check the free space of a disk."""
 
 import errno
 import hashlib
@@ -43,11 +43,11 @@ def check_out_file(path: Path, *, overwrite: bool = True) -> None:
     Without ``overwrite``, :func:`move` also refuses to replace a file that was created after this check.
 
     Raises:
-        InputError: The path is a folder or an object store's address, the folder is not writable, or the file exists
-            and ``overwrite`` is false.
+        InputError: The path is a folder or an address, the folder is not writable, or the file exists and ``overwrite``
+            is false.
     """
     if re.match(r"\w\w+:/", path.as_posix()):  # not C:/
-        raise InputError(f"{path}: expected a local file, not one in an object store")
+        raise InputError(f"{path}: expected the path of a local file, not an address")
     if path.is_dir():
         raise InputError(f"{path} is a folder; expected a file to write")
     _free.discard(path)
@@ -102,7 +102,7 @@ def check_owned(folder: Path | str, names: Iterable[str], mark: str, key: str) -
     Args:
         folder: The folder's path or address.
         names: The names or paths in the folder.
-        mark: Name of the file with which d2v marks such a folder as its own.
+        mark: Name of the file that marks a folder as written by d2v.
         key: The setting that chooses the folder, for the error.
 
     Raises:
@@ -161,7 +161,7 @@ def write_atomically(path: Path, contents: str | bytes) -> None:
 
 
 def find_partials(paths: Collection[Path]) -> Iterator[Path]:
-    """Yield the temporary files of :func:`partial_file` that lie next to these paths."""
+    """Yield the temporary files of :func:`partial_file` for these paths."""
     for folder in {path.parent for path in paths}:
         for partial in folder.glob("*.partial*"):
             name = PARTIAL.sub("", partial.name)

@@ -35,7 +35,7 @@ class FolderLock:
         except OSError as error:
             raise InputError(f"save_folder: {folder.local} cannot be written ({error.strerror})") from error
         # A loss of power may have left a part, or zeros.
-        other, user = content.splitlines() if content.count("\n") == 2 else ("", "it")
+        other, user = content.splitlines() if content.count("\n") == 2 else ("", "that run")
         if lock is None:
             raise InputError(
                 f"save_folder: {folder.local} is in use by another run: choose another save_folder, or stop {user}"

@@ -1,4 +1,4 @@
-"""Describe the machine, and share its cores; import this module before torch, as it sets environment variables."""
+"""Describe the machine, and share its cores; import this module before torch, because it sets environment variables."""
 
 import os
 import platform

@@ -80,7 +80,7 @@ def defer_signals(notice: str | None = None) -> None:
 
 
 def obey_signals() -> None:
-    """Exit at the next signal, or now if one has arrived."""
+    """Stop deferring signals, and exit now if a signal has arrived."""
     global _is_deferred
     _is_deferred = False
     _restore_handlers()
@@ -103,7 +103,7 @@ def _restore_handlers() -> None:
 
 @contextmanager
 def if_interrupted(explain: Callable[[], str | None]) -> Iterator[None]:
-    """If a signal ends the process in the ``with`` block, call ``explain`` and print the text that it returns.
+    """If :func:`end_by_signal` ends the process in the ``with`` block, print the text that ``explain`` returns.
 
     Args:
         explain: Function that returns the text to print after the signal's name, or ``None``; it may clean up, and may

@@ -122,7 +122,7 @@ def test_options_change_the_embeddings(photos: Path, tmp_path: Path) -> None:
 
 def test_names_that_are_not_text_are_no_ids_of_parquet(tmp_path: Path) -> None:
     source, said = write_images(tmp_path / "photos", ["caf\udce9.jpg"]), r"^'caf\\udce9\.jpg' is not UTF-8, which"
-    with pytest.raises(InputError, match=rf"{said} Parquet needs; rename it, or write NAME"):
+    with pytest.raises(InputError, match=rf"{said} Parquet needs; rename the file, or write NAME"):
         embed(TEACHER, source, tmp_path / "photos.parquet")
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
     embed(TEACHER, source, tmp_path / "photos.npy")
@@ -251,7 +251,8 @@ def test_a_second_process_for_one_file_is_refused(photos: Path, tmp_path: Path) 
         assert second.running()
         shutil.rmtree(folder)
     with pytest.raises(
-        InputError, match=r"out\.npy: another process is writing this file; wait for it, or choose another OUT$"
+        InputError,
+        match=r"out\.npy: another process is writing this file; wait until that process ends, or choose another OUT$",
     ):
         second.result()
 

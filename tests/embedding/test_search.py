@@ -156,7 +156,7 @@ def test_a_moved_model_or_samples_are_named(indexes: Path, tmp_path: Path) -> No
     [
         ([], "expected one of QUERY, --id and --duplicates; got none"),
         (["photos/1.png", "--duplicates"], "got QUERY and --duplicates"),
-        (["--id", "missing.png"], r"no rows of .*photos.npy have 'missing.png'; the first id is"),
+        (["--id", "missing.png"], r"no rows of .*photos.npy have the id 'missing.png'; the first id is"),
         (["photos/1.png", "--model", "unaligned.safetensors"], "another space"),
         (["photos/1.png", "--model", str(GOLDEN / "tiny_base.pt")], "another space"),
         (["photos/none.png"], "none.png"),

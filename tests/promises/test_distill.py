@@ -350,7 +350,7 @@ def test_what_is_not_ours_stays(project: Path, photos: Path) -> None:
         (photos, "copied", "--out: .*copied holds foreign files, such as distill.json"),
         (photos, "run", "run holds a run of another command; choose another --out"),
         (photos, "new[1]", r"--out: expected letters, .*new\[1\]'"),
-        (photos, "s3://bucket/run", "expected a local file, not one in an object store"),
+        (photos, "s3://bucket/run", "expected the path of a local file, not an address"),
     ):
         assert re.search(problem, refused(source, out, cwd=project)), (source, out)
     assert contents_of(project) == before

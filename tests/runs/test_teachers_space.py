@@ -329,7 +329,7 @@ def test_the_fewest_pairs_make_a_map_and_fewer_readable_samples_none(
     photos = write_files(tmp_path / "photos", {f"{number:03}.jpg": encoded_image(number) for number in range(24)})
     run_align(exported, photos, tmp_path / "out.safetensors", "--index", embedded)
     (photos / "007.jpg").write_bytes(b"")
-    with pytest.raises(InputError, match=r"expected at least 24 readable samples .*, got 23"):
+    with pytest.raises(InputError, match=r"expected at least 24 readable samples, each .*, got 23"):
         run_align(exported, photos, tmp_path / "again.safetensors", "--to", TEACHER_FILE)
 
 
