@@ -150,8 +150,8 @@ def newest_first(names: Iterable[str], pointed_at: str | None = None) -> list[st
 
     Args:
         names: Names of any files.
-        pointed_at: Name of the file that the run's pointer names. If the file is a checkpoint, newer checkpoints are
-            left out.
+        pointed_at: Name of the file at which ``latest-rank0.pt`` points. If this file is a checkpoint, newer
+            checkpoints are left out.
     """
     # The run was restarted before the checkpoints that are newer than the pointer's target.
     checkpoints = sorted(filter(CHECKPOINT_NAME.fullmatch, names), key=_age, reverse=True)

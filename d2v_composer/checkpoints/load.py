@@ -99,7 +99,7 @@ def load_same_teacher(source: str, record: Record, **options: Json) -> Teacher:
     """Load a teacher, and check that the student with this record was distilled from the same teacher.
 
     Args:
-        source: ``path`` of :func:`load_teacher`; the same text as the option ``model`` stands for ``None``.
+        source: ``path`` of :func:`load_teacher`; in place of ``None``, the option ``model``.
         record: The record of the run that distilled the student.
         **options: Further arguments of :func:`load_teacher`.
 
@@ -232,7 +232,7 @@ def _with_teacher(student: Backbone, path: str | None) -> Models:
 
 
 def _as_estimated(teacher: Teacher | None, student: Backbone) -> Teacher | None:
-    """Set the teacher's embedding to the one that the student estimates or, without an alignment, to the run's."""
+    """Make the teacher use the embedding that the student estimates or, without an alignment, the run's choice."""
     if teacher is not None and student.embedding.made_by == "raw":  # may have another name, such as a timm student's
         chosen: Any = value_at(distillation_of(student.provenance), "config.alignment") or {}
         teacher.use_embedding(chosen.get("pooling"), chosen.get("representation"))
@@ -315,7 +315,7 @@ def _load_teacher_of(record: Record, path: Path, teacher_path: str | None) -> Te
     except InputError as error:
         if teacher_path is not None:
             raise
-        how = f"if the teacher of {path} has moved, give its new path: --teacher PATH, or teacher=PATH after a YAML"
+        how = f"if the teacher of {path} has moved, give the new path: --teacher PATH, or teacher=PATH after a YAML"
         advice = "" if model.startswith(PACKAGE_PREFIX) else f"; {how}"
         if not record["student"]["own_encoder"]:
             raise InputError(f"{error}{advice}") from error

@@ -117,7 +117,7 @@ def parse_object(text: str | bytes) -> Record:
     """Parse a JSON object of at most ``MAX_JSON`` characters or bytes.
 
     Raises:
-        ValueError, AttributeError: The text is longer, or is not a JSON object.
+        ValueError, AttributeError: The text is too long, or is not a JSON object.
     """
     if len(text) > MAX_JSON:
         raise ValueError(f"its metadata has {len(text)} characters; the limit is {MAX_JSON}")

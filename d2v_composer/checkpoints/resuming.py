@@ -43,7 +43,7 @@ def find_newest(
     Args:
         folder: The run's folder.
         accept: Function that raises an exception if the run must not resume from a checkpoint.
-        resumes: If false, checkpoints of the run are an error.
+        resumes: If false, raise an error if the run has checkpoints.
         uploads: Upload the returned checkpoint to the store if the checkpoint was in the local folder.
 
     Raises:
@@ -101,7 +101,7 @@ def _skipped_if_corrupt() -> Iterator[None]:
 
 
 def share_newest(folder: RunFolder, resumes: bool, accept: Callable[[Checkpoint], None]) -> Checkpoint | None:
-    """Bring the newest checkpoint to every node, and read it on every rank; ``None`` for a new run.
+    """Bring the newest checkpoint to every node, and return it on every rank; return ``None`` for a new run.
 
     See :func:`find_newest` for the arguments and further errors.
 

@@ -1,6 +1,6 @@
 """Align a student with an existing index of any model, or with a teacher, on the samples of a source.
 
-Shapes: N rows of the index, M pairs, B samples of a batch, I inputs of the alignment, P channels of the index.
+Shapes: N rows of the index, M pairs, B samples of a batch, I inputs of the alignment, P channels of the target.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,8 +41,8 @@ class Aligned(NamedTuple):
     queries: int
     """Number of held-out samples on which ``recall`` is measured."""
     recall: dict[int, float]
-    """k → of the k rows nearest to a held-out sample's row, the share that are also among the k rows nearest to the
-    sample's aligned embedding, as a mean over the samples. The sample's own row does not count."""
+    """k → share of the k rows nearest to a held-out sample's row that are also among the k rows nearest to the sample's
+    aligned embedding, as a mean over the held-out samples. The sample's own row does not count."""
 
 
 class Pairs(NamedTuple):
@@ -85,7 +85,7 @@ def pairs_of_index(source: Source, index: VectorIndex, path: str, maximum: int) 
 
 
 def pairs_of_model(source: Source, model: Backbone, maximum: int) -> Pairs:
-    """Pair samples of a source, at most ``maximum`` at even intervals, with a model's embeddings of the samples."""
+    """Pair at most ``maximum`` samples, evenly spaced, with a model's embeddings of the samples."""
     numbers = evenly_spaced(len(source), maximum)
     return Pairs(numbers, lambda *inputs: model.embed_all(*inputs)[EMBEDDING], None, model.embedding)
 

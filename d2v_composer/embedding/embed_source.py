@@ -430,7 +430,7 @@ def check_out(out: str, *, overwrite: bool, part: Mapping[str, Json] | None = No
     """Check that embeddings can be written to ``out``.
 
     Raises:
-        InputError: The suffix is neither .npy nor .parquet, or a file to be written cannot be written or replaced.
+        InputError: The suffix is neither .npy nor .parquet, or an output file cannot be written or replaced.
     """
     if not out.endswith(TABLE_SUFFIXES):
         raise InputError(f"{out} must end in {' or '.join(TABLE_SUFFIXES)}")

@@ -61,7 +61,7 @@ def embed_queries(
         The sources, the names of the queries, (Q,), and the embeddings of the queries, (Q, D).
 
     Raises:
-        InputError: The model cannot be loaded, or embeds into another space, or a query is unreadable.
+        InputError: The model is unknown, cannot be loaded or embeds into another space, or a query is unreadable.
     """
     made_by, reference = index.made_by, dict[str, Any]()
     if made_by is not None:

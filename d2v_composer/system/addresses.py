@@ -142,7 +142,7 @@ def check_path(path: str) -> None:
     """Check that a path has only characters that Composer uses as written.
 
     Raises:
-        ValueError: The path has another character, an outer space or a leading //.
+        ValueError: The path is empty, has another character, begins or ends with a space, or begins with //.
     """
     if not CHARACTERS.fullmatch(path) or path != path.strip() or path.startswith("//"):
         hint = "; {run_name} in save_folder is the only placeholder" if "{" in path else ""

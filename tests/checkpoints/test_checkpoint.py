@@ -76,7 +76,7 @@ def test_a_moved_teacher_is_asked_for_by_the_commands_own_option(
     contents, record = newest_of(uninterrupted)
     record["config"]["teacher"]["checkpoint"] = str(tmp_path / "gone.pt")
     torch.save(contents, checkpoint := tmp_path / "moved.pt")
-    expected = rf"^{tmp_path}/gone\.pt: no such file; if the teacher of {checkpoint} has moved, give its new path: "
+    expected = rf"^{tmp_path}/gone\.pt: no such file; if the teacher of {checkpoint} has moved, give the new path: "
     load, option = COMMANDS[command]
     assert re.search(f"{expected}{option}", refused_by(load, checkpoint))
     assert load_any(checkpoint, teacher=str(TEACHER))[0] is not None

@@ -80,7 +80,9 @@ def test_rows_of_an_index_have_a_length_in_float32(scale: float, tmp_path: Path)
         tmp_path / "rows.npy", np.array([[1, 2], [1, scale * 2]] if scale > 1 else scale * np.ones((2, 2)), np.float32)
     )
     np.save(tmp_path / "rows.ids.npy", np.array(["a", "b"]))
-    with pytest.raises(InputError, match=r"expected finite numbers, the largest of magnitude 0 or 1e-9 to 1e15$"):
+    with pytest.raises(
+        InputError, match=r"expected zeros, or finite numbers whose largest magnitude is from 1e-9 to 1e15$"
+    ):
         read_index(str(tmp_path / "rows.npy"))
 
 
