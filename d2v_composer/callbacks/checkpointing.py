@@ -69,11 +69,11 @@ class Stop:
 class Checkpoints(Callback):
     """Save and upload checkpoints, remove old checkpoints, and stop on a signal.
 
-    On SIGTERM or SIGINT, the run finishes its batch, saves a checkpoint, and exits with status 143 or 130. A second
+    On SIGTERM or SIGINT, the run finishes its batch, saves a checkpoint, and exits with status 143 or 130. A later
     SIGINT, or a signal before the first batch has ended, ends the run at once, without saving.
 
     Pass no ``save_folder`` to the Trainer, and pass this callback after NanGuard and before ZeroShotRetrieval. Call
-    :meth:`begin` before the Trainer's ``fit``, and :meth:`end_training` after it.
+    :meth:`begin` before the Trainer's ``fit``, and :meth:`end_training` after ``fit``.
 
     Args:
         folder: The run's folder, which is locked against other runs; ``None``: nothing is saved.
@@ -198,11 +198,13 @@ class Checkpoints(Callback):
         self.stop.signal = STOPS[code]
 
     def begin(self) -> None:
-        """Mark the folder, here and in the store, as the run's; call this method after all checks of the run.
+        """Mark the folder, and its copy in a store, as the run's; call this method after all checks of the run.
 
-        Without a checkpoint in the folder, the log is deleted. A newest checkpoint that the store lacks is uploaded.
+        Without a checkpoint in the folder, the log is deleted. If the store lacks the newest checkpoint, the checkpoint
+        is uploaded.
 
         Raises:
+            InputError: The store cannot be listed.
             RunError: The store cannot be written.
         """
         with rank_zero_first("save_folder"):
@@ -251,7 +253,7 @@ MIN_LOSS_SCALE = 1e-4
 
 
 class NanGuard(Callback):
-    """Stop training when the loss is infinite or NaN.
+    """Stop training, with a FloatingPointError, when the loss is infinite or NaN.
 
     With loss scaling (amp_fp16), training stops instead when the loss scale is below :data:`MIN_LOSS_SCALE`.
 
@@ -261,11 +263,6 @@ class NanGuard(Callback):
     """
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Check the batch's loss and the loss scale.
-
-        Raises:
-            FloatingPointError: The loss is infinite or NaN, or the loss scale is too small.
-        """
         batch, scale = int(state.timestamp.batch) - 1, loss_scale(state)
         loss = (state.total_loss_dict or {}).get("loss/train/total", 0.0)
         # On a GPU the Trainer has an enabled scaler in any precision; this is set when a loss is first scaled.

@@ -32,7 +32,7 @@ def variance_over_inputs(x_BTD: Tensor, padding_mask: Tensor | None) -> Tensor:
     """Return the variance of x over the batch, a scalar, averaged over channels and tokens.
 
     Args:
-        x_BTD: A prediction or a target.
+        x_BTD: A prediction or a target, (B, T, D).
         padding_mask: (B, T) bool, True for padding; tokens that are padding in any sample are left out.
     """
     mask = None if padding_mask is None else padding_mask.any(dim=0, keepdim=True)
@@ -136,7 +136,7 @@ class Health(Callback):
         }
 
     def diagnose(self, values: dict[str, float], loss: float, state: State) -> Iterator[tuple[str, str]]:
-        """Yield the name of each bad state that the run is in, and the text of its warning."""
+        """Yield the name and the warning's text of each bad state that the run is in."""
         prediction, target = (values.get(f"{name}_variance", math.nan) for name in ("prediction", "target"))
         error = values["prediction_error"]
         if prediction < COLLAPSED_SHARE * target:
@@ -151,7 +151,7 @@ class Health(Callback):
         if math.isfinite(loss) and loss > DIVERGED_RATIO * self.lowest_loss:
             yield (
                 "diverging",
-                f"the mean loss {loss:.4g} exceeds {DIVERGED_RATIO} times the lowest so far, {self.lowest_loss:.4g}",
+                f"the mean loss {loss:.4g} exceeds {DIVERGED_RATIO} times the lowest mean yet, {self.lowest_loss:.4g}",
             )
         if not_finite := [name for name, value in {"loss": loss, **values}.items() if not math.isfinite(value)]:
             yield "non_finite", f"infinite or NaN: {', '.join(not_finite)}"

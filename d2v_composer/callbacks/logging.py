@@ -42,13 +42,15 @@ log = logging.getLogger(__name__)
 
 
 class ProgressLogger(LoggerDestination):
-    """Show on rank 0 the time left, and the logged loss, speed, share of time spent waiting for data, and accuracies.
+    """Show on rank 0 the time left, the loss, the speed, the share of time spent waiting for data, and accuracies.
+
+    Accuracies are shown if their keys match ``ACCURACY``.
 
     The speed and the share are logged by :class:`~d2v_composer.callbacks.Throughput`, and accuracies of retrieval by
     :class:`~d2v_composer.callbacks.ZeroShotRetrieval`.
 
     Args:
-        bar: True: show a bar on a terminal; False: print a line every ten seconds and at the end.
+        bar: True: show a progress bar; False: print a line every ten seconds and at the end.
         stream: Output stream; default: stderr.
         unit: Name of the samples in the speed, such as "images".
 
@@ -150,7 +152,7 @@ class Uploads(LoggerDestination):
     """Upload a run's files to the run's folder in a store, one after another, in a thread.
 
     Args:
-        address: The run's folder in the store.
+        address: Address of the run's folder in the store.
     """
 
     def __init__(self, address: str) -> None:

@@ -1,4 +1,4 @@
-"""Record a run's config and versions in the run's folder and checkpoints."""
+"""Record a run's config and versions in the run's folder and checkpoints, and compare records."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

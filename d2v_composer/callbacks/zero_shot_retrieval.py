@@ -44,7 +44,7 @@ class _StoppedError(Exception):
 class ZeroShotRetrieval(Callback):
     """Measure top-k retrieval accuracy on evaluation sets, at an interval and at the end of training.
 
-    The test samples are queries to a bank of the train samples, and the train samples to a bank of the test samples.
+    Test samples are queries to the bank ``train``, and train samples are queries to the bank ``test``.
 
     The model needs a method ``embed_all`` or ``embed``, unless the argument ``embed`` is given. The method or function
     embeds images, (B, 3, height, width) uint8, or clips, (B, L) float32, on the model's device, and returns the
@@ -53,9 +53,9 @@ class ZeroShotRetrieval(Callback):
 
     Logged:
 
-    - ``metrics/{dataset}/{measure}``: share, from 0 to 1, for the model in the headline embedding;
-    - ``metrics/{dataset}/{baseline}/{measure}``: share for a baseline;
-    - ``metrics/{dataset}/in_index/{measure}``: share for the student's queries in the teacher's bank;
+    - ``metrics/{dataset}/{measure}``: the measure, from 0 to 1, of the model in the headline embedding;
+    - ``metrics/{dataset}/{baseline}/{measure}``: the measure of a baseline;
+    - ``metrics/{dataset}/in_index/{measure}``: the measure of the student's queries in the teacher's bank;
     - ``metrics/mean/top1``: mean of the model's top-1 retrieval accuracies over data sets and banks;
     - ``time/zero_shot_retrieval``: duration in seconds.
 
@@ -81,7 +81,7 @@ class ZeroShotRetrieval(Callback):
         augment: The augmentation that makes the two views for ``instance``.
         align: The callback that fits the student's alignment before evaluations that need the alignment.
         models: Name → model, for ``student`` and the baselines. The student's queries are also looked up in the
-            teacher's bank if the models are given and their embeddings are in one space.
+            teacher's bank if ``student`` and ``teacher`` are given, with embeddings in one space.
         should_stop: Function called before each batch of samples and each search. True ends the evaluation, which the
             resumed run repeats. The result must be the same on all ranks, and False before training.
         device_batch_size: Number of samples embedded at once on each device.

@@ -35,7 +35,7 @@ from d2v_composer.system.files import check_out_file, write_atomically
 
 
 def cost(model: Backbone | Encoder | None, fitted_width: int = 0) -> dict[str, Any]:
-    """Return a model's ``num_parameters``, the number of values in all tensors, and ``gflop`` for one input.
+    """Return ``num_parameters``, the number of values in a model's state dict, and ``gflop``, for an image or 5-s clip.
 
     Args:
         model: The model; ``None``: ``num_parameters`` and ``gflop`` are 0.
@@ -58,9 +58,9 @@ def share_encoders(
     A shared encoder runs once for each batch, so call all functions under the same autocast.
 
     Args:
-        first: The model whose input and encoder are the baselines; for a model without blocks, only the input.
+        first: The model whose input and encoder give the baselines; without blocks after the encoder, only the input.
         models: Name → model.
-        layer_mean: Settings of the embedding ``layer_mean`` of all models.
+        layer_mean: Settings of the ``layer_mean`` embeddings of all models.
         fill_to: Number of samples to which smaller batches are filled up; 0: batches keep their size.
     """
     encoded = WeakIdKeyDictionary()
@@ -105,7 +105,7 @@ class Evaluation:
     """Batch size → name of a model → samples per second; empty without a measurement of speeds."""
 
     def run(self, device: str, autocast_dtype: torch.dtype | None = None) -> None:
-        """Measure all models on all data sets, and add to ``results``.
+        """Measure all models on all data sets, and append the measurements to ``results``.
 
         Args:
             device: Device of the models: cpu or cuda.

@@ -1,7 +1,8 @@
 """A linear probe: multinomial logistic regression on standardized embeddings.
 
-The probe minimizes mean cross-entropy + strength / 2 · ‖W‖², where W are the weights without the bias. The same probe
-in scikit-learn is StandardScaler, followed by LogisticRegression with C = 1 / (strength · N).
+The probe minimizes mean cross-entropy + strength / 2 · ‖W‖², where W are the weights without the bias. With three or
+more classes, the same probe in scikit-learn is StandardScaler, followed by LogisticRegression with
+C = 1 / (strength · N).
 
 Shapes: N training samples, Q queries, D channels, C classes.
 """

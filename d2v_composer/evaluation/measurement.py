@@ -94,7 +94,7 @@ class PairLoader:
         return Pair(in_queries, in_bank, self.labels, self.search, teacher, self.widths)
 
     def vectors(self, side: Side, part: str) -> Tensor:
-        """Return a part's embeddings, gathered from all ranks, (N, D), on the device."""
+        """Return the embeddings of a whole part, (N, D), on the device."""
         settings, classes = self.settings, self.labeled.class_embeddings
         if part == CLASSES and classes is not None:
             return settings.to_device(classes)

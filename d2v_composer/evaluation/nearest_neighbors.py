@@ -91,7 +91,10 @@ def exact_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
 
 
 def top_k(similarities_QN: Tensor, k: int) -> TopK:
-    """Return the k largest values in each row of (Q, N), largest first, and their columns; all values if N ≤ k."""
+    """Return the k largest values in each row of a (Q, N) matrix, largest first, and the values' columns.
+
+    If N ≤ k, all values are returned.
+    """
     # topk is much slower than a maximum, and the k groups of columns with the largest maxima have the k largest values.
     num_rows, num_columns = similarities_QN.shape
     num_groups = num_columns // GROUP_SIZE
@@ -266,10 +269,10 @@ def nearest_others(images: Tensor, k: int = NUM_COMMON) -> Tensor:
 
 
 def others_of(nearest: Tensor, places: Tensor) -> Tensor:
-    """Return neighbors, (Q, K + 1), without the queries themselves, (Q, K).
+    """Return the bank indices of the K samples nearest to each query, without the query itself, (Q, K).
 
     Args:
-        nearest: Bank indices of each query's K + 1 nearest samples, nearest first.
+        nearest: Bank indices of each query's K + 1 nearest samples, nearest first, (Q, K + 1).
         places: Bank index of each query, (Q,).
     """
     is_other = nearest != places[:, None]

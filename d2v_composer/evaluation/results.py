@@ -44,7 +44,7 @@ class Result(NamedTuple):
     weights: str = ""
     """Hash of the weights of the model that embeds the queries; '' if no hash is known."""
     batch: int = 0
-    """Number of training batches before the measurement."""
+    """Number of training batches before a measurement during training; 0 for a measurement outside training."""
     nearest: Tensor | None = None
     """Indices of the train samples or, without labels, of the other test samples nearest to each test sample, nearest
     first, (Q, K) int32; ``None`` if the indices are not kept."""
@@ -60,7 +60,7 @@ class Result(NamedTuple):
         return accuracy_interval(self.hits.numpy())
 
     def plain(self) -> dict[str, Any]:
-        """Return the fields as a dict for a checkpoint, which :func:`read_results` reads."""
+        """Return the fields as a dict, from which :func:`read_results` restores the result."""
         return self._asdict() | {"column": self.column._asdict(), "info": self.info._asdict()}
 
     @property
@@ -78,12 +78,15 @@ def read_results(saved: Iterable[Mapping[str, Any]]) -> list[Result]:
 
 
 def last_batch(results: Iterable[Result]) -> int:
-    """Return the number of training batches before the last measurement of the student; 0 without a measurement."""
+    """Return the greatest ``batch`` of the student's results; 0 without results of the student."""
     return max((result.batch for result in results if result.row == STUDENT), default=0)
 
 
 def pivot(results: Iterable[Result], dataset: str) -> dict[Column, dict[str, Result]]:
-    """Return column → title of a row → result, for the results that tables show for a data set, in tables' order."""
+    """Return column → title of a row → result, for the results that tables show for a data set.
+
+    The rows of a column are in the order of tables.
+    """
     columns: dict[Column, dict[str, Result]] = {}
     for result in sorted(results, key=lambda result: (*ROWS, result.row).index(result.row)):
         if result.dataset == dataset and result.is_headline:
@@ -92,12 +95,22 @@ def pivot(results: Iterable[Result], dataset: str) -> dict[Column, dict[str, Res
 
 
 def heading(texts: Mapping[str, str]) -> str:
-    """Return the embedding that a table's title names, given title of a row → embedding in words; '' for none."""
+    """Return the embedding that a table's title names, in words; '' if the title names no embedding.
+
+    Args:
+        texts: Title of a row → the row's embedding in words; '' for an embedding without a name.
+    """
     return next((texts[row] for row in (*GAP[::-1], *texts) if texts.get(row)), "")
 
 
 def label(row: str, text: str, of_table: str) -> str:
-    """Return a row's title, followed by the row's embedding ``text`` if the table's title has another embedding."""
+    """Return a row's title, and the row's embedding if the table's title does not name this embedding.
+
+    Args:
+        row: Title of the row.
+        text: The row's embedding in words; '' for an embedding without a name.
+        of_table: The embedding that the table's title names, in words.
+    """
     return row if text in ("", of_table) else f"{row} ({'raw' if text.startswith('raw ') else text})"
 
 
@@ -110,12 +123,16 @@ class Interval(NamedTuple):
 
 
 def accuracy_interval(hits: Hits) -> Interval:
-    """Return the mean of one number for each query, (Q,), with the mean's interval."""
+    """Return the mean of the hits, (Q,), with the mean's 95 % interval."""
     return Interval(float(hits.mean()), *np.percentile(resample(hits), [2.5, 97.5]).tolist())
 
 
 def are_comparable(*results: Result) -> bool:
-    """Return True if the results have the same data set, column, number of queries and kind of embedding."""
+    """Return True if the results of several models can be compared.
+
+    The data set, the column, the number of queries and the name of the embedding must be the same for all results.
+    Students' embeddings must have the same ``made_by``, and embeddings that are not raw the same space.
+    """
     ways = {result.info.made_by for result in results} - {"teacher"}
     places = {(result.dataset, result.column, len(result.hits)) for result in results}
     embeddings = {(result.embedding, result.info.of) for result in results}
@@ -124,7 +141,7 @@ def are_comparable(*results: Result) -> bool:
 
 
 class GapClosed(NamedTuple):
-    """The fraction of the gap from untrained student to teacher that the student closes."""
+    """The fraction of the teacher gap that the student closes."""
 
     interval: Interval | None
     """The fraction with its interval; ``None`` if the fraction is too uncertain, or if the teacher is not better than
@@ -134,7 +151,7 @@ class GapClosed(NamedTuple):
 
 
 def gap_closed(cells: Mapping[str, Result]) -> GapClosed | None:
-    """Return the teacher gap closed in a column, given row → result.
+    """Return the teacher gap closed in a column, given title of a row → result.
 
     Returns:
         ``None`` if results of the untrained student, the student or the teacher are missing or not comparable.
@@ -177,7 +194,7 @@ def gap_closed_by_step(
         baselines: Log with the accuracies of the untrained student and of the teacher; default: ``log``.
 
     Returns:
-        Number of training batches → teacher gap closed; empty if no bank has such a gap.
+        Number of training batches → teacher gap closed; empty if no bank has a teacher gap above 0.
     """
     values: dict[int, list[float]] = {}
     for bank in BANKS:

@@ -80,7 +80,7 @@ class Settings(NamedTuple):
         smallest, num_test, ks = min(filter(None, labeled.num_samples)), labeled.num_samples[1], self.ks
         if not 1 <= min(ks) <= max(ks) <= smallest:
             raise InputError(
-                f"ks: must be from 1 to {smallest}, the number of samples in {name}'s smaller split; got {list(ks)}"
+                f"ks: must be from 1 to {smallest}, the number of samples in {name}'s smallest split; got {list(ks)}"
             )
         if num_test <= NUM_COMMON and ("agreement" in self.probes or not labeled.has_labels):
             raise InputError(f"datasets.{name}: agreement needs more than {NUM_COMMON} test samples, got {num_test}")

@@ -14,7 +14,7 @@ from d2v_composer.system.files import write_atomically
 def write_evaluation(
     evaluation: Evaluation, folder: Path, title: str, modality: Modality, context: dict[str, Any]
 ) -> None:
-    """Write ``evaluation.json``, ``evaluation.csv``, ``evaluation.html`` and, for speeds, ``evaluation.png``.
+    """Write ``evaluation.json``, ``evaluation.csv``, ``evaluation.html`` and, with speeds, ``evaluation.png``.
 
     Args:
         evaluation: The results.

@@ -116,7 +116,7 @@ def quality_over_speed(evaluation: Evaluation, batch_size: int, unit: str) -> Fi
 
     Args:
         evaluation: The evaluation; models without a measured speed are left out.
-        batch_size: The batch size of the speed.
+        batch_size: The batch size at which the speeds were measured.
         unit: Name of the samples, in the plural.
     """
     datasets, speeds = [*evaluation.datasets], evaluation.speeds[batch_size]

@@ -86,7 +86,7 @@ def read_run(folder: Path) -> Run:
             if name in shown:
                 dataset = load()
                 if measured["conditions"][f"{name}.images"] != dataset.fingerprint():
-                    raise InputError(f"its {modality.unit} differ from those that the run measured")
+                    raise InputError(f"the {modality.unit} have changed since the run")
                 datasets[name] = dataset
         except InputError as error:
             print(f"report: no gallery for {name}: {error}")
@@ -118,7 +118,7 @@ def _found(column: Column, cells: Mapping[str, Result], gap: GapClosed, unit: st
         way = f"of the way from the untrained student's {shown[UNTRAINED]} to the teacher"
         return f"{said}; that is {percent(gap.interval, 0)} % {way}."
     if not gap.queries_needed:
-        return f"{said}; the teacher is no better than the untrained student, {shown[UNTRAINED]}."
+        return f"{said}; the teacher is no better than the untrained student ({shown[UNTRAINED]})."
     few = f"{len(cells[STUDENT].hits):,} {unit} are too few to tell how far training moves the student"
     enough = f"{gap.queries_needed:,} or more would be enough"
     return f"{said}; {few} from the untrained student's {shown[UNTRAINED]} toward the teacher ({enough})."
@@ -141,5 +141,5 @@ def _next(run: Run, dataset: str, column: Column, cells: Mapping[str, Result], g
     before = {0: untrained, **{step: value for step, value in logged.items() if step < batch}}
     if student - before[max(before)] >= RISING * (teacher - untrained):
         return "Train the student longer: the curve still rises."
-    more = "" if run.record["config"]["student"]["model"] else "more teacher.first_blocks or "  # timm's has its own
+    more = "" if run.record["config"]["student"]["model"] else "a larger teacher.first_blocks, or "  # timm has its own
     return f"Try {more}smaller batches for the same number of samples: the curve is flat."

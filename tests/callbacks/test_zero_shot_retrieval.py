@@ -411,7 +411,7 @@ def test_a_model_without_embed_is_refused() -> None:
 @pytest.mark.parametrize(
     ("labeled", "options", "problem"),
     [
-        (SMALL, {"ks": (1, 6)}, "ks: must be from 1 to 5, the number of samples in set's smaller split"),
+        (SMALL, {"ks": (1, 6)}, "ks: must be from 1 to 5, the number of samples in set's smallest split"),
         (SMALL, {"probes": ["knm"]}, "probes must be among knn, linear, zero_shot.*, got knm"),
         (SMALL, {"probes": ["instance"]}, "set: instance retrieval needs the argument augment"),
         (SMALL, {"probes": ["agreement"]}, "set: agreement needs more than 10 test samples, got 5"),

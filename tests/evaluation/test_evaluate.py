@@ -215,7 +215,7 @@ def test_images_without_labels_are_judged_without(uninterrupted: Path, tmp_path:
 
 
 def test_more_neighbors_than_images_are_refused() -> None:
-    problem = r"^ks: must be from 1 to 2000, the number of samples in cifar10's smaller split"
+    problem = r"^ks: must be from 1 to 2000, the number of samples in cifar10's smallest split"
     with pytest.raises(InputError, match=problem):
         evaluate_command.main([str(YAML), f"model={GOLDEN / 'tiny_base.pt'}", "ks=[1,5000]"])
 

@@ -62,7 +62,7 @@ def scores(column: str, untrained: float, student: float, teacher: float) -> tup
     ("curve", "model", "advice"),
     [
         ((0.2, 0.3, 0.4), None, "Train the student longer: the curve still rises."),
-        ((0.2, 0.396, 0.4), None, f"Try more teacher.first_blocks or {FLAT}"),
+        ((0.2, 0.396, 0.4), None, f"Try a larger teacher.first_blocks, or {FLAT}"),
         ((0.2, 0.408, 0.4), "timm/resnet18", f"Try {FLAT}"),
         (
             (0.2, 0.15, 0.2),
@@ -132,7 +132,7 @@ def test_a_teacher_that_is_no_better_leaves_no_gap_to_close() -> None:
     assert closed(run) == "–"
     shown, _ = scores("bank train top-1", 30, 40, 30)
     assert [*verdicts(run)] == [
-        f"{shown}; the teacher is no better than the untrained student, 30.0 %. "
+        f"{shown}; the teacher is no better than the untrained student (30.0 %). "
         "Measure the student on other images, or train it with another teacher."
     ]
 

@@ -267,7 +267,7 @@ def test_a_data_set_that_was_rebuilt_has_no_gallery(
     for number in (0, 3, 6):
         (rebuilt / "train" / "cat" / f"{number}.png").rename(rebuilt / "train" / "dog" / f"{number}.png")
     assert read_run(copy_of_run(run_folder, tmp_path / "run", rebuilt)).datasets == {}
-    said = "report: no gallery for squares: its images differ from those that the run measured\n"
+    said = "report: no gallery for squares: the images have changed since the run\n"
     assert said in capsys.readouterr().out
 
 

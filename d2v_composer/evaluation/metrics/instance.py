@@ -1,4 +1,4 @@
-"""Instance retrieval: does one augmented view of a test sample find the sample's other view among all test samples?"""
+"""Instance retrieval: is the second augmented view of a test sample among the k second views nearest to the first?"""
 
 from collections.abc import Mapping, Sequence
 
@@ -18,7 +18,7 @@ def hits(pair: Pair, columns: Sequence[Column]) -> list[Tensor]:
 
 INSTANCE = Metric(
     "instance",
-    "finds the second of two augmented views of a sample among the second views of all test samples, given the first",
+    "finds a sample's second augmented view, given the first, among the second views of all test samples",
     WITHOUT_LABELS,
     frozenset({"views"}),
     columns,

@@ -13,20 +13,20 @@ from d2v_composer.evaluation.nearest_neighbors import TopK, retrieval_hits
 
 BANKS = ("train", "test")
 VIEWS = ("first view", "second view")
-"""Names of the parts that hold two augmentations of each test sample."""
+"""Names of the parts that hold the first and the second augmented view of each test sample."""
 CLASSES = "classes"
 """Name of the part that holds the text embeddings of a set's classes."""
 
 
 class Table(NamedTuple):
-    """The table and the plot that metrics share."""
+    """The table and the plots of one or more metrics."""
 
     name: str
-    """The beginning of the plot's file name."""
+    """The beginning of the plots' file names."""
     title: str
     """The beginning of the table's title."""
     question: str
-    """The first line of the plot's title, in which {unit} stands for the samples' unit."""
+    """The first line of the plots' titles, in which {unit} stands for the samples' unit."""
 
 
 class Column(NamedTuple):
@@ -35,8 +35,8 @@ class Column(NamedTuple):
     metric: str
     """Name of the metric."""
     bank: str
-    """``train`` or ``test``, the split that is searched or to which a classifier is fitted; ``classes``, the text
-    embeddings; or '' for the test samples or their views."""
+    """The split that is searched or to which a classifier is fitted, ``train`` or ``test``; ``classes`` for the text
+    embeddings of the classes; '' for neighbor agreement and instance retrieval."""
     name: str
     """Name of the column's measure in an evaluation's files."""
     k: int | None
@@ -58,7 +58,7 @@ class Pair:
     bank: Callable[[str], Tensor]
     """Returns a part's embeddings as a bank, (N, D), on the device."""
     labels: Callable[[str], Tensor]
-    """Returns a part's labels, int, on the device; the labels of views and of text embeddings are 0, 1, 2, …."""
+    """Returns a part's labels, (N,) int, on the device; the labels of views and of text embeddings are 0, 1, 2, …."""
     search: Callable[[Tensor, Tensor, int], TopK]
     """Returns the k nearest bank samples of each query, given the bank, (N, D), the queries, (Q, D), and k."""
     teacher: Callable[[], Tensor]
@@ -73,8 +73,8 @@ class Pair:
         """Return the k nearest bank samples of each query, (Q, k), or all samples of a bank with fewer than k.
 
         Args:
-            bank: Part of the bank.
-            queries: Part of the queries.
+            bank: Name of the part that is searched.
+            queries: Name of the part whose samples are the queries.
             k: Number of neighbors.
         """
         nearest = self.found.get((bank, queries))
@@ -89,7 +89,6 @@ class Metric(NamedTuple):
     """A metric of embeddings; :data:`~d2v_composer.evaluation.metrics.METRICS` lists all."""
 
     name: str
-    """Name in a YAML."""
     about: str
     """The rest of a sentence that begins with the metric's name, for the description of a YAML's ``probes``."""
     table: Table

@@ -22,7 +22,7 @@ ZERO_SHOT = Metric(
     Table(
         "zero_shot",
         "Zero-shot classification of the test samples by text embeddings of the classes",
-        "Is the text embedding of a sample's class among the nearest?",
+        "Is the text embedding of a sample's class among those nearest to the sample?",
     ),
     frozenset({"labels", "texts"}),
     columns,
