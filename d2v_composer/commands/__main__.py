@@ -1,8 +1,6 @@
-"""Distill vision and audio transformers into small students: the commands that need no clone of the repository.
+"""Distill vision and audio transformers into small students.
 
 usage: d2v COMMAND [arguments]; d2v COMMAND --help shows the arguments; d2v --version
-
-distill converts the samples, trains a student and exports it.
 """
 
 import sys
@@ -15,15 +13,15 @@ from d2v_composer.system import command_line
 from d2v_composer.system.errors import InputError
 
 COMMANDS = {
-    "distill": "distill a student from a folder of images or audio, in one command",
+    "distill": "distill a student from images or audio clips, in one command",
     "train": "distill a student with the settings in a YAML",
     "init": "print a YAML to start from",
     "convert-teacher": "convert a fairseq checkpoint to a safetensors file",
     "random-teacher": "write a teacher with random weights, for trials and benchmarks",
     "convert-images": "convert images to MDS shards, in a folder or a store",
     "convert-audio": "convert audio to MDS shards, in a folder or a store",
-    "fields": "print every field of a YAML with its default and description",
-    "report": "write a run's curves, tables and images to one HTML page",
+    "fields": "print the fields of the YAMLs, with defaults and descriptions",
+    "report": "write a run's curves and tables to one HTML page",
     "evaluate": "compare a model with its teacher and baselines",
     "export": "export a student to a .safetensors, .onnx or .pt2 file",
     "verify": "compare an exported file in each runtime with PyTorch",
@@ -37,7 +35,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str]) -> Any:
-    """Run the command that the first word names, and return its result."""
+    """Run the command that the first word of ``argv`` names, and return the command's result."""
     name, *rest = argv or [""]
     if name in COMMANDS:
         sys.argv = [f"d2v {name}", *rest]  # argparse takes the program's name from it

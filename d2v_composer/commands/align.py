@@ -30,7 +30,7 @@ from d2v_composer.system.files import check_out_file
 
 class Align(Command):
     model: Positional[str]
-    """Training checkpoint or .safetensors file of a student: a path, s3://, …."""
+    """Path or address of a student's training checkpoint or .safetensors file."""
     source: Samples
     out: Positional[PlaceHere]
     """File to write the aligned student to, NAME.safetensors."""
@@ -105,7 +105,7 @@ class Align(Command):
         print_skipped(aligned.skipped)
         print(f"R² of the alignment, on a held-out tenth of the pairs: {aligned.statistics['r2']:.3f}")
         recall = ", ".join(f"@{k} {share:.3f}" for k, share in aligned.recall.items())
-        print(f"recall of the nearest neighbors in {path or self.to}, on {aligned.queries} held-out samples: {recall}")
+        print(f"recall of the nearest neighbors, on {aligned.queries} held-out samples: {recall}")
         save_student(student, out)
         print(size_of(student, out))
         print_next(d2v("embed", out, "QUERIES", "queries.npy"))

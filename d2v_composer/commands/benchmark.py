@@ -1,4 +1,4 @@
-"""Measure the speed of d2v-composer, and of programs to compare it with, on this machine.
+"""Measure the speed of d2v-composer and of other programs on this machine.
 
 usage: d2v benchmark {step,data,retrieval} [options]
 
@@ -10,7 +10,8 @@ usage: d2v benchmark {step,data,retrieval} [options]
     d2v benchmark retrieval
 
 step: images or clips per second in training, compared with a naive program.
-data: images per second from a training loader, compared with torchvision's ImageFolder; --remote also reads a store.
+data: images per second from a training loader, compared with torchvision's ImageFolder; with --remote, also from
+shards in a store.
 retrieval: queries per second of the neighbor search, compared with a bare matrix product, and with faiss on the CPU.
 step and retrieval use the GPU if there is one; CUDA_VISIBLE_DEVICES= hides the GPU.
 data and retrieval need `pip install -e '.[benchmark]'`.
@@ -44,7 +45,7 @@ class Benchmark(Command):
     """JSON file to write the result to."""
 
     def run(self) -> dict[str, Any]:
-        """Measure, and return the rates of the programs and the setting."""
+        """Run the benchmark, and return the rates of the programs and the setting."""
         module = import_module(f"d2v_composer.benchmarks.{type(self).__name__.lower()}")
         return module.benchmark(**self.model_dump(exclude={"report"}))
 
@@ -61,11 +62,12 @@ class Step(Benchmark):
     loop: Literal["bare", "trainer"] = "bare"
     """trainer: also measure d2v-composer in Composer's Trainer, on batches in memory."""
     trace: PlaceHere | None = None
-    """File to write a profile of three steps to, for chrome://tracing or Perfetto; a .txt file beside it has totals."""
+    """File to write a profile of three steps to, for chrome://tracing or Perfetto. A file with the suffix .txt has
+    the totals."""
     no_compile: bool = False
     """Do not use torch.compile."""
     overrides: Positional[tuple[str, ...]] = ()
-    """Settings that replace those of distill.yaml, each as key=value, such as compile=default."""
+    """Settings of distill.yaml to change, each as key=value, such as compile=default."""
 
 
 class Data(Benchmark):
@@ -76,7 +78,7 @@ class Data(Benchmark):
     workers: int = 0
     """Number of worker processes; 0: the main process reads, on one core."""
     remote: str | None = None
-    """Address of an empty folder in a store; the shards are also written to this folder and read from it."""
+    """Address of an empty folder in a store; the loader is also measured on shards in this folder."""
 
 
 class Retrieval(Benchmark):

@@ -1,4 +1,4 @@
-"""Commands as pydantic models: the fields are the arguments, and the fields' docstrings are the help."""
+"""The base class of commands, and types of arguments."""
 
 import os
 import sys
@@ -28,7 +28,7 @@ Positional = Annotated[T, "positional"]
 class Command(BaseModel):
     """A command, whose fields are its arguments: options, unless their type is :data:`Positional`.
 
-    A ``bool`` is a flag without a value, and a tuple an option that may be repeated.
+    An option of type ``bool`` is a flag without a value; an option whose type is a tuple may be repeated.
     """
 
     # Validators are built when a value is checked, not for --help.
@@ -45,11 +45,11 @@ class Command(BaseModel):
 
     @classmethod
     def parse(cls, argv: Sequence[str], program: str | None = None) -> Self:
-        """Parse a command line; ``--help`` prints the docstring of the command's module, then the arguments.
+        """Parse a command line; ``--help`` prints the docstring of the command's module and the arguments, and exits.
 
         Args:
             argv: The words after the command's name.
-            program: The command's name in the help; default: the one in ``sys.argv``.
+            program: The command's name in the help; default: the name in ``sys.argv[0]``.
 
         Raises:
             InputError: Arguments are unknown, missing or wrong.
@@ -159,12 +159,12 @@ PartText = Annotated[Part, BeforeValidator(lambda part: Part.parse(part) if isin
 Column = Annotated[str | None, Field(description=COLUMN)]
 Decoders = Annotated[
     Annotated[int, whole(0, 1024)] | None,
-    Field(description="Decoding processes, on Linux; default: one per core with a GPU, else 0 (threads decode)."),
+    Field(description="Number of decoding processes, on Linux; 0: threads; default: one per core with a GPU, else 0."),
 ]
 Embedding = Annotated[
     Annotated[str, one_of(RAW_EMBEDDINGS)] | None,
     Field(
-        description=f"Raw embedding to use as the teacher's: {listed(RAW_EMBEDDINGS)}; default: the model's usual one."
+        description=f"Raw embedding to use as the teacher's: {listed(RAW_EMBEDDINGS)}; default: the model's default."
     ),
 ]
 PartOfWork = Annotated[

@@ -23,11 +23,11 @@ class Convert(Command):
     out: Positional[Place]
     """Folder or address (s3://bucket/prefix, gs://, …) to write the MDS data set to."""
     split: str | None = None
-    """The split to convert, or none for all samples; default: train, or all samples if there are no splits."""
+    """The split to convert, or none for all samples; default: train, or all samples if SOURCE has no splits."""
     labels: str | None = None
     """A CSV file with lines 'sample,class', or none for no labels."""
     column: Column = None
-    label_column: str | None = Field(None, description=f"Labels that the files of SOURCE hold: {LABEL_COLUMN}.")
+    label_column: str | None = Field(None, description=f"Labels that SOURCE holds: for MDS a column, {LABEL_COLUMN}.")
     workers: Annotated[int, whole(1, 1024)] = CORES
     """Number of worker processes; default: one per core."""
     seed: Annotated[int, whole(0, 0x100000000)] = 0
@@ -36,7 +36,7 @@ class Convert(Command):
     """Approximate size of a shard; default: 64mb."""
     part: PartOfWork = None
     skip_unreadable: bool = False
-    """Skip samples that cannot be read, and list them."""
+    """Skip and list samples that cannot be read."""
 
     def convert(self, modality: "Modality", yaml: str, **options: Any) -> Any:
         """Convert the samples or, with ``--part``, a part of the samples, and print a report and the next commands.

@@ -1,4 +1,4 @@
-"""Convert LibriSpeech, any folder of audio files, or an audio data set in MDS to MDS shards.
+"""Convert a collection of audio clips to MDS shards.
 
     d2v convert-audio /data/LibriSpeech s3://bucket/librispeech/train --labels none
     d2v convert-audio speech_commands datasets/speech_commands/test --split test
@@ -7,8 +7,8 @@
 A 16 kHz mono FLAC, WAV or OGG file keeps its bytes; any other file becomes 16 kHz mono FLAC of 16 bits. Silent
 files, and files shorter than 45 ms or longer than an hour, count as unreadable.
 Run the same command again to resume an interrupted conversion.
-SPLIT is a folder in SOURCE, in a zip or in a tar with folders; for Parquet files and other tars, SPLIT is a word in a
-file's path. Labels come from class folders, from the CSV file of --labels, or from --label-column.
+SPLIT is a folder in SOURCE, in a zip or in a tar, or a word in the path of a Parquet file, zip or tar. Labels come
+from class folders, from the CSV file of --labels, or from --label-column.
 """
 
 from typing import Any

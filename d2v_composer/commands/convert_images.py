@@ -1,4 +1,4 @@
-"""Convert ImageNet, any folder of images, or CIFAR-10 to MDS shards.
+"""Convert a collection of images to MDS shards.
 
     d2v convert-images /data/ILSVRC s3://bucket/imagenet/train --resize 256
     d2v convert-images /data/ILSVRC s3://bucket/imagenet/val --resize 256 --split val
@@ -11,9 +11,9 @@
 cifar10:FOLDER downloads CIFAR-10 to FOLDER, unless FOLDER has CIFAR-10 already.
 For an S3-compatible store, set S3_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
 Run the same command again to resume an interrupted conversion.
-SPLIT is a folder in SOURCE, in the one folder that holds all images of SOURCE, such as Kaggle's ILSVRC/Data/CLS-LOC, in
-a zip or in a tar with folders; for Parquet files and other tars, SPLIT is a word in a file's path. Labels come from
-class folders, from Kaggle's LOC_SPLIT_solution.csv, from the CSV file of --labels, or from --label-column.
+SPLIT is a folder in SOURCE, such as train in Kaggle's ILSVRC/Data/CLS-LOC, in a zip or in a tar, or a word in the path
+of a Parquet file, zip or tar. Labels come from class folders, from Kaggle's LOC_SPLIT_solution.csv, from the CSV file
+of --labels, or from --label-column.
 """
 
 from typing import Annotated, Any

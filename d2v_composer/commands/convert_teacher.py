@@ -5,7 +5,7 @@
     d2v convert-teacher base_libri.pt small.safetensors --weights ema --dtype float16
     d2v convert-teacher EAT-base.pt teacher.safetensors --target-length 512 --log-mel-mean -6.627 --log-mel-std 5.359
 
-Reading a checkpoint runs none of its code. The command prints which tensors it used and left out.
+The command runs no code in the checkpoint, and prints which tensors are used and which are left out.
 """
 
 from collections import Counter

@@ -10,7 +10,7 @@ SOURCE has images or, for an audio teacher, clips; labels are not used. A tenth 
 student; the run trains neither on these samples nor on their exact copies. Batch size, duration and other settings
 follow from the number of samples, the teacher and the machine; key=value changes a setting, and `d2v fields training`
 lists all settings. OUT, a new or empty folder, receives distill.yaml with all settings, the samples in images/ or
-clips/, the run with its report.html, and student.safetensors. Run the same command again to resume an interrupted run.
+clips/, the checkpoints, report.html and student.safetensors. Run the same command again to resume an interrupted run.
 """
 
 from collections.abc import Sequence

@@ -46,10 +46,10 @@ from d2v_composer.system.processes import ALL, local_rank, relaunch_on_gpus
 
 class Embed(ModelReference, Command):
     model: Positional[PathText]
-    """A training checkpoint, an exported student or a teacher: a path, s3://, …; or timm/NAME."""
+    """Path or address of a training checkpoint, an exported student or a teacher's file; or timm/NAME."""
     source: Samples
     out: Positional[Place] = Field(
-        description=f"NAME.npy or NAME.parquet, here or in a store; an id is {IDS}, a path or, in MDS, a number."
+        description=f"Path or address of NAME.npy or NAME.parquet; an id is {IDS}, a path or, in MDS, a number."
     )
     precision: PrecisionChoice = "fp32"
     """Precision in which the model computes; auto: on a GPU amp_bf16, or amp_fp16 without bfloat16; on a CPU amp_bf16
@@ -68,12 +68,12 @@ class Embed(ModelReference, Command):
     column: Column = None
     part: PartOfWork = None
     skip_unreadable: bool = False
-    """Skip samples that cannot be read, and list them."""
+    """Skip and list samples that cannot be read."""
     overwrite: bool = False
     """Replace OUT if it exists."""
 
     def run(self) -> Any:
-        """Embed the samples, and return a report; ``None`` if the part exists already."""
+        """Embed the samples, and return the result; ``None`` if the part exists already."""
         out, part, plan = self.out, self.part, None
 
         import torch

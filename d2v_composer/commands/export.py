@@ -1,13 +1,14 @@
-"""Export a student as one self-contained file.
+"""Export a student to a .safetensors, .onnx or .pt2 file.
 
     d2v export runs/distill/latest-rank0.pt student.safetensors
     d2v export student.safetensors student.onnx
     d2v export student.safetensors student.pt2 --pooling mean --preprocessing in
     d2v export student.safetensors student.onnx --int8 --calibrate photos
 
-The suffix of OUT selects the format: .safetensors for d2v and timm, .onnx, or .pt2 for torch.export.
-An .onnx or .pt2 file computes the student's embedding, or the raw embedding of --pooling and --representation. The
-inputs are normalized images, (B, 3, height, width) float32, or clips of one length, (B, L) float32.
+The suffix of OUT selects the format: .safetensors for d2v and timm, .onnx for ONNX, .pt2 for torch.export.
+An .onnx or .pt2 file computes the student's embedding, or the raw embedding of --pooling and --representation. Without
+--preprocessing in, the inputs are normalized images, (B, 3, height, width) float32, or 16 kHz clips of one length,
+(B, L) float32.
 """
 
 import tempfile
@@ -31,7 +32,7 @@ MAX_INT8_IMAGES = 256
 
 class Export(Command):
     checkpoint: Positional[str]
-    """Training checkpoint or .safetensors file of a student: a path, s3://, …."""
+    """Path or address of a student's training checkpoint or .safetensors file."""
     out: Positional[PlaceHere]
     """File to write: NAME.safetensors, NAME.onnx or NAME.pt2."""
     teacher: str | None = None
@@ -43,9 +44,9 @@ class Export(Command):
     preprocessing: Literal["in", "out"] = "out"
     """in: the .onnx or .pt2 file normalizes images, and takes resized pixels, (B, height, width, 3) uint8."""
     int8: bool = False
-    """Only for images and .onnx: quantize the linear layers to 8 bits, and compare the embeddings with PyTorch's."""
+    """Only for images and .onnx: quantize the student to int8, and compare the embeddings with PyTorch's embeddings."""
     calibrate: str | None = None
-    """Images that calibrate --int8: any SOURCE of d2v embed; default: the run's retrieval images."""
+    """Images that calibrate --int8: a folder or other SOURCE of d2v embed; default: the run's retrieval images."""
     verify: bool = False
     """Run d2v verify on OUT after the export."""
     overwrite: bool = False

@@ -33,9 +33,9 @@ main = Fields.main
 
 
 def find_tables() -> Iterator[tuple[str, str, str]]:
-    """Yield the reader of a section, such as 'training', the section's name ('' for the top level) and Markdown table.
+    """Yield for each section: the kind of YAML, such as 'training'; the section's name, or ''; and a Markdown table.
 
-    Fields that are the same as in training are only named.
+    Fields of other kinds of YAML that are the same as in training are only named.
     """
     from d2v_composer.config.detection import DetectConfig
     from d2v_composer.config.load import find_section

@@ -1,4 +1,4 @@
-"""Merge the parts of a conversion or of embeddings, made by commands with --part I/N.
+"""Merge the parts of a conversion or of embeddings that commands with --part I/N wrote.
 
     d2v convert-images photos s3://bucket/photos --part 0/16      # and 1/16, …, in any order, on any machine
     d2v merge s3://bucket/photos
@@ -15,7 +15,7 @@ from d2v_composer.system.command_line import print_next, print_skipped, reading_
 
 class Merge(Command):
     out: Positional[Place]
-    """OUT of the commands with --part: a folder, NAME.npy or NAME.parquet, here or in a store."""
+    """OUT of the commands with --part: the path or address of a folder, NAME.npy or NAME.parquet."""
     overwrite: bool = False
     """Replace the embeddings in OUT if they exist."""
 

@@ -1,10 +1,10 @@
-"""Write a teacher with random weights, for trials and benchmarks. The weights are the same at every call.
+"""Write a teacher with random weights, for trials and benchmarks.
 
     d2v random-teacher base teacher.safetensors
     d2v random-teacher timm/vit_base_patch14_dinov2 teacher.safetensors
 
-SIZE is base, large or huge for data2vec 2.0's image models; base_audio or large_audio for its audio models; base_eat
-for EAT; or timm/NAME.
+SIZE is base, large or huge for an image model of data2vec 2.0; base_audio or large_audio for an audio model of data2vec
+2.0; base_eat for EAT; or timm/NAME.
 """
 
 from d2v_composer.commands.command import Command, Embedding, PlaceHere, Positional

@@ -17,7 +17,7 @@ class Report(Command):
     """The run's folder on this machine, such as runs/quickstart."""
 
     def run(self) -> list[Path]:
-        """Write the report, and return the path of the page, then those of the plots."""
+        """Write the report, and return the paths of the page and of the plots."""
         from d2v_composer.report.page import write_report
         from d2v_composer.report.run import read_run
 

@@ -6,10 +6,10 @@
     d2v search old.npy query.jpg --model student.safetensors
     d2v search photos.npy --duplicates --above 0.9 --html duplicates.html
 
-INDEX is a file that d2v embed wrote. The model that made INDEX embeds QUERY, unless --model names another model of the
-same embedding space. The search compares QUERY with every row of INDEX, by cosine. --duplicates subtracts the mean of
-all rows, then compares all pairs of rows; the two rows of a pair whose cosine is above --above are in the same group.
---html also reads the samples of INDEX.
+The model that made INDEX embeds QUERY, unless --model names another model of the same embedding space. The search
+compares QUERY with every row of INDEX, by cosine. --duplicates subtracts the mean of all rows, then compares all pairs
+of rows; the two rows of a pair whose cosine is above --above are in the same group. --html also reads the samples of
+INDEX.
 """
 
 import json
@@ -128,7 +128,7 @@ def _as_json(found: "Found", ids: Any) -> dict[str, Any]:
 
 
 def _open_samples(path: str, index: "VectorIndex", source: str | None) -> "tuple[Source, dict[str, int]]":
-    """Open the samples of an index; return them, and the number of the sample with each id."""
+    """Open the samples of an index; return the samples, and each sample's id → the sample's index."""
     from d2v_composer.data import MODALITIES
     from d2v_composer.report.gallery import SHOWN_SIZE
     from d2v_composer.sources.open import open_source

@@ -33,7 +33,7 @@ def train(argv: Sequence[str], callbacks: "Sequence[Callback]" = ()) -> "Trainer
 
     Args:
         argv: The YAML's path, then any number of ``dotted.key=value``.
-        callbacks: Callbacks to use besides those in the YAML.
+        callbacks: Callbacks besides the YAML's.
     """
     import yaml
 

@@ -5,12 +5,12 @@
     d2v verify student-int8.onnx --student student.safetensors
     d2v verify student.onnx --kit kit
 
-Loading a .pt2 file runs the code in it.
-The table has a row for PyTorch and for each runtime. 'cosine' and 'mean' are the minimum and the mean of the cosines of
-embeddings with PyTorch's embeddings. 'difference' is the largest difference from PyTorch's embeddings, and 'by batch'
-the largest change of an embedding in smaller batches, each divided by the largest value of PyTorch's embeddings.
-'agreement' is the share of a sample's ten nearest neighbors that PyTorch finds, too. '/s at 16' is samples per second
-in batches of 16. The exit status is 1 if a runtime misses a limit.
+Loading a .pt2 file can run code that the file contains.
+The table has a row for PyTorch and a row for each runtime. 'cosine' and 'mean' are the minimum and the mean of the
+cosines of embeddings with PyTorch's embeddings. 'difference' is the largest difference from PyTorch's embeddings, and
+'by batch' the largest change of an embedding in smaller batches, each divided by the largest absolute value in
+PyTorch's embeddings. 'agreement' is the share of a sample's ten nearest neighbors that PyTorch finds, too. '/s at 1'
+and '/s at 16' are samples per second in batches of 1 and 16. The exit status is 1 if a runtime fails or misses a limit.
 The numbers are written to EXPORTED.verify.json and, if there is a model card beside EXPORTED, to this card.
 """
 
@@ -23,8 +23,6 @@ from d2v_composer.commands.command import Command, PlaceHere, Positional, one_of
 from d2v_composer.export.check_program import RUNTIMES
 from d2v_composer.system.errors import InputError
 
-BY_SUFFIX = ", ".join(f"{name} for {runtime.suffix}" for name, runtime in RUNTIMES.items())
-
 
 class Verify(Command):
     exported: Positional[PlaceHere]
@@ -32,16 +30,20 @@ class Verify(Command):
     student: Path | None = None
     """The same student's .safetensors file; default: EXPORTED with the suffix .safetensors."""
     runtime: tuple[Annotated[str, one_of(RUNTIMES)], ...] | None = Field(
-        None, description=f"Runtime to measure: {BY_SUFFIX}; may be repeated; default: all installed ones for EXPORTED."
+        None,
+        description="Runtime to measure: onnxruntime, openvino or openvino-float32 for .onnx, torch.export for .pt2, "
+        "pytorch for .safetensors; may be repeated; default: all installed runtimes for EXPORTED.",
     )
     images: str | None = None
-    """Samples to measure with: any SOURCE of d2v embed; default: CIFAR-10 images or spoken words that ship with d2v."""
+    """Samples to measure with: a folder or other SOURCE of d2v embed; default: images or spoken words that ship with
+    d2v."""
     cosine: float | None = None
     """Smallest allowed cosine of an embedding with PyTorch's; default: 0.999, or 0.98 for an int8 file."""
     difference: float | None = None
     """Largest allowed value of 'difference'; default: 0.0001, or 9 for an int8 file; openvino has no limit."""
     kit: PlaceHere | None = None
-    """Folder to write instead of measuring: its script measures EXPORTED on a machine with numpy and the runtime."""
+    """Folder to write instead of measuring. The script in the folder measures EXPORTED, or a .tflite or .pte file made
+    from EXPORTED, on a machine with numpy and the runtime."""
 
     def run(self) -> None:
         path = self.student or self.exported.with_suffix(".safetensors")
