@@ -1,8 +1,7 @@
-"""The alignment: a linear map from a student's raw embeddings to the embedding of a teacher or another model.
+"""Alignments: linear maps from a model's raw embeddings to the model's embedding; and their fit in closed form.
 
-An alignment is fitted in closed form, without labels, or trained.
-Shapes: B samples of a batch, N pairs, I channels of concatenated raw embeddings, P channels of the target,
-S ridge strengths.
+Shapes: B samples of a batch, N pairs, I channels of concatenated raw embeddings, P channels of the embedding, S ridge
+strengths.
 """
 
 import hashlib
@@ -16,7 +15,7 @@ from torch.nn.functional import linear
 from d2v_composer.models.encoder import Freezable
 from d2v_composer.models.names import EMBEDDING, MadeBy
 
-# Ridge strengths that are tried, as multiples of the inputs' mean variance.
+# Ridge strengths that are tried, as multiples of the mean eigenvalue of the inputs' centered XᵀX.
 STRENGTHS = [10.0**power for power in range(-8, 2)]
 # Every tenth pair is held out, to choose the strength and to measure R².
 HELD_OUT = 10
@@ -112,12 +111,12 @@ class Fit(NamedTuple):
     bias: Tensor
     """Bias, (P,) float32."""
     statistics: dict[str, float]
-    """``pairs``: number of pairs; ``ridge``: factor of the squared weights in the penalty; ``r2``: share of the
+    """``pairs``: number of pairs; ``ridge``: factor of |W|², see :meth:`Moments.fit`; ``r2``: share of the
     held-out targets' variance that a map fitted to the remaining pairs explains."""
 
 
 class Moments:
-    """Sums over pairs of inputs and targets, in float64, from which :meth:`fit` computes an alignment.
+    """Sums of products over pairs of inputs and targets, in float64, from which :meth:`fit` computes a linear map.
 
     Args:
         pairs: Batches of inputs and targets for :meth:`add`.
@@ -144,7 +143,8 @@ class Moments:
         Args:
             whole: Fit the returned map to all pairs; if false, leave out the held-out pairs.
 
-        Source: Hoerl and Kennard 1970, Technometrics 12(1); the alignment minimizes |Y - XW - b|² + ridge |W|².
+        Source: Hoerl and Kennard 1970, Technometrics 12(1). For inputs X and targets Y, the map minimizes
+        |Y - XW - b|² + ridge |W|².
 
         Raises:
             ValueError: There are fewer than ``MIN_PAIRS`` pairs, or embeddings are not finite or all alike.

@@ -1,4 +1,4 @@
-"""The post-norm block of data2vec 2.0, which also returns its FFN output, and linear attention biases (ALiBi).
+"""The post-norm block of data2vec 2.0, the parts of the block, and linear attention biases (ALiBi).
 
 Source: fairseq's ``AltBlock`` with ``layer_norm_first=False``; ALiBi: Press et al. 2022, arXiv:2108.12409.
 Shapes: B inputs, E extra tokens, N patches or frames, T = E + N tokens, D channels, H heads, K = D/H channels per head.
@@ -34,7 +34,7 @@ def alibi_slopes(num_heads: int) -> Tensor:
 
 
 def manhattan_distance(index_N: Tensor, columns: int) -> Tensor:
-    """Return the Manhattan distances, (N, N), between patches numbered row by row in a grid."""
+    """Return the Manhattan distances, (N, N), between cells of a grid, whose indices count row by row."""
     row_N, column_N = index_N // columns, index_N % columns
     return (row_N[:, None] - row_N).abs() + (column_N[:, None] - column_N).abs()
 
@@ -63,8 +63,8 @@ class Alibi(nn.Module):
 
         Args:
             x_BTD: The blocks' input.
-            scale: A layer's learned factors, (1, number of heads with a bias or 1, 1, 1), of which negative factors
-                count as 0; ``None``: no factors.
+            scale: A layer's learned factors: (1, A, 1, 1) for A heads with a bias, or (1, 1, 1, 1) for all heads.
+                Negative factors count as 0. ``None``: no factors.
         """
         dtype, num_tokens = autocast_dtype(x_BTD), x_BTD.shape[1]
         if scale is None:
@@ -102,7 +102,7 @@ class Alibi(nn.Module):
 def attention_bias(
     alibi: Alibi | None, x_BTD: Tensor, padding_mask: Tensor | None = None, scale: Tensor | None = None
 ) -> Tensor | None:
-    """Return ALiBi's attention bias plus -inf for padded keys; ``None`` without ALiBi and padding.
+    """Return ALiBi's attention bias plus -inf for padded keys; ``None`` if neither applies.
 
     The bias broadcasts to (B, H, T, T).
 
@@ -131,13 +131,13 @@ def pad_rows(bias: Tensor) -> Tensor:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which linear layers and attention compute: autocast's if enabled, else that of ``x``."""
+    """Return the dtype in which layers compute on ``x``: autocast's dtype if autocast is on, else ``x.dtype``."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class FfnBlock(nn.Module, ABC):
-    """Base of blocks that also return their FFN output."""
+    """Base of blocks that return their output and their FFN output."""
 
     @abstractmethod
     def forward(
@@ -147,13 +147,13 @@ class FfnBlock(nn.Module, ABC):
 
         Args:
             x_BTD: The block's input.
-            context: An attention bias, which broadcasts to (B, H, T, T), or rotary positions.
+            context: An attention bias, which broadcasts to (B, H, T, T), rotary positions, or ``None``.
             needs_output: If false, the block's output is ``None``.
         """
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with a fused projection and an optional additive bias."""
+    """Multi-head self-attention with an optional additive bias."""
 
     def __init__(self, embed_dim: int, num_heads: int) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
-"""Audio encoders: data2vec 2.0's and EAT's.
+"""Audio encoders of data2vec 2.0 and EAT, and log-mel spectrograms.
 
 Shapes: B clips, L samples, C channels of convolutions, E extra tokens, N frames or patches, T = E + N tokens,
-D channels, M mels; of EAT, W windows of a clip, F frames of 10 ms.
+D channels, M mels; in EAT's encoder, W windows of a clip, F frames of a spectrogram.
 Source: fairseq's ``data2vec/models/modalities/audio.py`` and ``wav2vec2.py``; EAT (Chen et al. 2024, arXiv:2401.03497),
-github.com/cwx-worst-one/EAT at 06c1c34.
+github.com/cwx-worst-one/EAT at commit 06c1c34.
 """
 
 import math
@@ -28,7 +28,7 @@ class Waveforms(Encoder):
     """Base of audio encoders.
 
     Attributes:
-        min_samples: Smallest number of samples in a waveform.
+        min_samples: Smallest number of samples that a waveform may have.
     """
 
     baseline = "log_mel"
@@ -58,7 +58,7 @@ class Waveforms(Encoder):
 class AudioEncoder(Waveforms, Data2Vec2Encoder):
     """Data2vec 2.0's audio encoder: convolutions, projection, positional convolutions, extra tokens, LayerNorm, blocks.
 
-    Inputs are waveforms, (B, L) float in [-1, 1], 16 kHz mono. Padding does not change the tokens of a clip.
+    Inputs are waveforms, (B, L) float in [-1, 1], 16 kHz mono.
     """
 
     config: AudioEncoderConfig
@@ -159,7 +159,7 @@ def padding_mask_of(lengths: Tensor, size: int) -> Tensor:
 
 
 class LogMel(nn.Module):
-    """Compute log-mel spectrograms as in Kaldi, without dither and energy, with one whole frame every 10 ms."""
+    """Compute log-mel spectrograms as in Kaldi, with a Hann window and one frame of 25 ms every 10 ms."""
 
     window: Tensor
     filters: Tensor
@@ -173,7 +173,7 @@ class LogMel(nn.Module):
         """Return spectrograms, (B, N, M) float32, and which frames are padding, (B, N) bool or ``None``.
 
         Args:
-            waveforms: (B, L) float in [-1, 1], 16 kHz.
+            waveforms: Waveforms, (B, L) float in [-1, 1], 16 kHz mono.
             lengths: Number of samples in each clip, (B,); ``None``: nothing is padded.
         """
         padding_BL = None if lengths is None else padding_mask_of(lengths, waveforms.shape[1])
@@ -203,7 +203,7 @@ def mel_filters() -> Tensor:
 class EatEncoder(Waveforms, Data2Vec2Encoder):
     """EAT's encoder: log-mel spectrogram, patch embedding, fixed positions, extra tokens, LayerNorm, blocks.
 
-    Inputs are waveforms, (B, L) float in [-1, 1], 16 kHz mono. The spectrogram is filled up with zeros, or cut off, to
+    Inputs are waveforms, (B, L) float in [-1, 1], 16 kHz mono. The spectrogram is padded with zeros, or cut, to
     ``target_length`` frames.
     """
 
@@ -219,11 +219,11 @@ class EatEncoder(Waveforms, Data2Vec2Encoder):
 
     @property
     def window(self) -> int:
-        """Number of samples of which a whole spectrogram is made."""
+        """Number of samples from which ``target_length`` frames are computed."""
         return (self.config.target_length - 1) * HOP + FRAME
 
     def windows(self, inputs: Inputs) -> Inputs:
-        """Divide clips that are longer than a spectrogram into consecutive windows, (B·W, window)."""
+        """Divide clips of more than ``target_length`` frames into windows, (B·W, :attr:`window`)."""
         waveforms, lengths, _ = inputs
         hop = self.config.target_length * HOP
         num_windows = -(-((waveforms.shape[1] - FRAME) // HOP + 1) // self.config.target_length)
@@ -240,7 +240,7 @@ class EatEncoder(Waveforms, Data2Vec2Encoder):
         return Inputs(parts, lengths_BW.flatten().clamp(min=FRAME), shares_BW)
 
     def padding_mask(self, lengths: Tensor | None, num_samples: int | None = None) -> None:
-        """Return ``None``: the zeros that fill up a spectrogram count like sound."""
+        """Return ``None``: the zeros with which a spectrogram is padded count like sound."""
 
     def embed_tokens(self, inputs: Inputs) -> Tensor:
         x_BND = self.local_features(inputs.values, inputs.lengths)
@@ -252,7 +252,7 @@ class EatEncoder(Waveforms, Data2Vec2Encoder):
         return self.local_encoder["proj"](spectrogram_BFM[:, None]).flatten(2).transpose(1, 2)
 
     def spectrogram(self, waveforms: Tensor, lengths: Tensor | None) -> Tensor:
-        """Compute log-mel spectrograms, (B, F, M), filled up with zeros, then normalized."""
+        """Compute log-mel spectrograms, padded with zeros to F frames, then normalized: (B, F, M)."""
         log_mel_BFM, padding_BF = self.log_mel(waveforms[:, : self.window], lengths)
         if padding_BF is not None:
             log_mel_BFM = log_mel_BFM.masked_fill(padding_BF[..., None], 0)

@@ -1,6 +1,6 @@
 """Models that turn inputs into features, and features into embeddings: the base of teachers and students.
 
-Shapes: B inputs, T tokens, D channels, H heads, I channels of an alignment's inputs, P channels of the embedding.
+Shapes: B inputs, T tokens, D channels, H heads, P channels of the embedding.
 """
 
 from abc import ABC, abstractmethod
@@ -68,7 +68,7 @@ def keep_trained_tensors(module: nn.Module, state_dict: dict, prefix: str, local
 
 
 def check_tensors(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Check that a state dict has exactly a module's tensors.
+    """Check that a state dict has exactly the tensors of the module's state dict.
 
     Raises:
         InputError: A tensor is missing, is unknown or has another shape.
@@ -93,7 +93,7 @@ class Backbone(nn.Module, ABC):
 
     Args:
         encoder: The encoder, which models may share.
-        config: The sizes of the layers after the encoder.
+        config: The model's sizes, and the settings of ``layer_mean``.
         provenance: Origin of the weights.
 
     Attributes:
@@ -131,7 +131,7 @@ class Backbone(nn.Module, ABC):
         return list(self.blocks)
 
     def checkpoint_activations(self, enable: bool = True) -> None:
-        """Let the backward pass recompute activations, or keep activations in memory; by default, do nothing."""
+        """Recompute activations in the backward pass if ``enable``, else keep activations; the base does nothing."""
 
     @property
     def num_extra_tokens(self) -> int:
@@ -155,7 +155,7 @@ class Backbone(nn.Module, ABC):
     """What makes the model's embedding if there is no alignment."""
 
     def identify_weights(self) -> str:
-        """Return the hash of a teacher's weights and preprocessing, or of a student's sizes and trained weights."""
+        """Return a hash that identifies a teacher by its weights and preprocessing, or a student by its weights."""
         # A run may hold frozen parts in another dtype than a file. A trained encoder is frozen once it is loaded.
         trained = ("encoder.",) if has_tuned_encoder(self.provenance) else ()
         left_out = tuple(prefix for prefix in frozen_prefixes(self) if not prefix.startswith(trained))
@@ -212,7 +212,7 @@ class Backbone(nn.Module, ABC):
         self.alignment = Alignment(self.alignment_inputs, weight.to(device), bias.to(device), of, made_by, space)
 
     def train_alignment(self, teachers: EmbeddingInfo) -> None:
-        """Set an alignment with random weights, which is then trained to estimate the embedding ``teachers``."""
+        """Set an alignment with random weights, to be trained to estimate the embedding ``teachers``."""
         width = sum(map(self.width_of, self.alignment_inputs))
         weight = nn.init.normal_(torch.empty(teachers.width, width), std=0.02)
         self.align(weight, torch.zeros(teachers.width), teachers.of, "training", teachers.space)
@@ -281,7 +281,7 @@ class Backbone(nn.Module, ABC):
 
         Returns:
             Name → embedding, (B, channels) float32: ``embedding``, which :meth:`embed` returns by default, and the raw
-            embeddings, whose names are in :attr:`raw_names`.
+            embeddings.
 
         Raises:
             ValueError: The images or waveforms have a shape or dtype that :meth:`embed` does not take.
@@ -373,7 +373,7 @@ class Transformer(Backbone):
 
     @abstractmethod
     def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
-        """Return each block's attention bias, which broadcasts to (B, H, T, T), its rotary positions, or ``None``.
+        """Return, for each block, an attention bias, which broadcasts to (B, H, T, T), rotary positions or ``None``.
 
         ``padding_mask``, (B, T), is true for padding.
         """

@@ -1,4 +1,4 @@
-"""Configs of encoders, teachers and students, whose values are checked.
+"""Configs, with checked values, of encoders, teachers, targets and students.
 
 This module imports neither torch nor timm, because both load slowly.
 
@@ -88,7 +88,7 @@ STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=Fals
 
 
 class Config(BaseModel):
-    """Base of the configs of models, which are checked and immutable.
+    """Base of configs, which are checked and immutable.
 
     Raises:
         ValueError: A field is unknown, missing, of a wrong type or out of range, or contradicts another field.
@@ -107,7 +107,7 @@ class Config(BaseModel):
         """Raise ValueError if fields contradict each other."""
 
     def changed(self, **values: object) -> Self:
-        """Return a copy, which is checked, in which the given fields have the given values."""
+        """Return a checked copy in which the given fields have the given values."""
         return type(self)(**(self.model_dump() | values))
 
 
@@ -149,7 +149,7 @@ class Data2Vec2EncoderConfig(Config):
         shape, heads = self.alibi_scale_shape, self.num_alibi_heads
         if shape is not None and (not heads or shape[1:] not in [(1, count, 1, 1) for count in (1, heads)]):
             raise ValueError(
-                f"alibi_scale_shape must be (blocks or 1, 1, {heads} or 1, 1, 1), or null without ALiBi, got "
+                f"alibi_scale_shape must be null or, with ALiBi, (number of blocks or 1, 1, {heads} or 1, 1, 1), got "
                 f"{short(shape)}"
             )
 
@@ -169,7 +169,7 @@ class ImageConfig(Config):
         super().check()
         for name in ("image_mean", "image_std"):
             if len(values := getattr(self, name)) != self.in_chans:
-                raise ValueError(f"{name} must have as many numbers as in_chans, {self.in_chans}, got {short(values)}")
+                raise ValueError(f"{name} must have as many numbers as in_chans ({self.in_chans}), got {short(values)}")
 
     @property
     def timm_preprocessing(self: Any) -> Record:
@@ -211,7 +211,7 @@ class ImageEncoderConfig(Data2Vec2EncoderConfig, ImageConfig):
 
 
 class SoundConfig(Config):
-    """Fields of all audio encoders."""
+    """Base of the configs of audio encoders."""
 
     modality: ClassVar = "audio"
     sample_rate: ClassVar = SAMPLE_RATE
@@ -300,7 +300,7 @@ class EatEncoderConfig(Data2Vec2EncoderConfig, SoundConfig):
 
     kind: Literal["eat"] = "eat"
     target_length: int = Field(default=1024, ge=EAT_PATCH, multiple_of=EAT_PATCH)
-    """Number of frames in a spectrogram, one every 10 ms."""
+    """Number of frames in a spectrogram, which has a frame every 10 ms."""
     max_length: int = Field(default=768, ge=1, le=MAX_PATCHES)
     """Number of patches along the time axis for which the encoder has position embeddings."""
     log_mel_mean: float = -4.268
@@ -375,7 +375,7 @@ class TeacherConfig(Config):
     encoder: EncoderConfig
     depth: Depth
     average_top_k_layers: int
-    """Number of the teacher's last blocks in the target."""
+    """Number of the teacher's last blocks that the target averages."""
     final_layer_norm: bool = True
     """True if the target ends with a LayerNorm."""
     normalization: ClassVar = "instance"
@@ -397,7 +397,7 @@ class TeacherConfig(Config):
 
 _SIZES = yaml.safe_load(Path(__file__).with_name("released.yaml").read_text("utf-8"))
 RELEASED = {name: TeacherConfig(**sizes) for name, sizes in _SIZES.items()}
-"""Name → sizes of the released models of data2vec 2.0 and EAT."""
+"""Name → sizes of released models of data2vec 2.0 and EAT."""
 
 
 class TargetOptions(BaseModel):
@@ -408,18 +408,18 @@ class TargetOptions(BaseModel):
     source: TargetSource = "ffn"
     """``ffn``: the FFN outputs of the teacher's blocks. ``block``: the outputs of the teacher's blocks."""
     average_top_k_layers: Annotated[int, Field(ge=1)] | None = None
-    """Number of the teacher's last blocks in the target; null: for data2vec 2.0 and EAT, the number in pre-training;
-    for other teachers, all blocks after the encoder."""
+    """Number of the teacher's last blocks that the target averages; null: all blocks after the encoder, but for
+    data2vec 2.0 and EAT at most the number in pre-training."""
     normalization: Normalization | None = None
-    """Normalization of each layer in target, prediction and ``layer_mean``. ``instance``: over tokens, as in data2vec
+    """Normalization of each layer in the target and in ``layer_mean``. ``instance``: over tokens, as in data2vec
     2.0. ``layer``: over channels. null: ``layer`` if ``student.model`` is set, else ``instance``."""
     final_layer_norm: bool | None = None
-    """End target, prediction and ``layer_mean`` with a LayerNorm. null: as in pre-training for data2vec
-    2.0 and EAT; true for other teachers."""
+    """End the target and ``layer_mean`` with a LayerNorm. null: as in pre-training for data2vec 2.0 and EAT; true for
+    other teachers."""
     extra_tokens: ExtraTokens = "regress"
-    """``regress``: the student regresses CLS and registers like patches. ``drop``: InstanceNorm's statistics and the
-    loss leave out CLS and registers; a student with CLS also regresses CLS to the target's mean over tokens, with
-    weight 0.01."""
+    """``regress``: the student regresses CLS and registers like patches; a timm student regresses no registers.
+    ``drop``: InstanceNorm's statistics and the loss leave out CLS and registers; if the teacher has CLS, the prediction
+    of CLS regresses the target's mean over tokens, with weight 0.01."""
 
     def num_dropped(self, num_extra_tokens: int) -> int:
         """Return the number of leading tokens that the target leaves out."""
@@ -450,19 +450,19 @@ class StudentConfig(BlockSizes, Config):
 
     kind: Literal["blocks"] = "blocks"
     normalization: Normalization = "instance"
-    """Normalization of each layer in target, prediction and ``layer_mean``."""
+    """Normalization of each layer in the target and in ``layer_mean``."""
     final_layer_norm: bool = True
-    """End target, prediction and ``layer_mean`` with a LayerNorm."""
+    """End the target and ``layer_mean`` with a LayerNorm."""
 
 
 class TimmNetworkConfig(TimmConfig):
-    """Name, preprocessing and ``layer_mean`` settings of a student that is a timm model."""
+    """Name, preprocessing and settings of the target of a student that is a timm model."""
 
     kind: Literal["network"] = "network"
     normalization: Normalization = "layer"
-    """Normalization of each layer in target and prediction."""
+    """Normalization of each layer in the target."""
     final_layer_norm: bool = True
-    """End target and prediction with a LayerNorm."""
+    """End the target with a LayerNorm."""
     num_extra_tokens: ClassVar = 0
     has_cls_token: ClassVar = True  # the pooled feature
 

@@ -1,6 +1,6 @@
 """Base of encoders, which turn inputs into tokens.
 
-Shapes: B inputs, E extra tokens, N patches or frames, T = E + N tokens, D channels.
+Shapes: B inputs, E extra tokens, N patches or frames, T = E + N tokens, D channels, P channels of ``pooled``.
 """
 
 from abc import abstractmethod
@@ -138,7 +138,7 @@ class Encoder(Freezable):
 
     @abstractmethod
     def embed_tokens(self, inputs: Inputs) -> Tensor:
-        """Return the first block's input, (B, T, D)."""
+        """Return the tokens that enter the encoder's blocks, (B, T, D)."""
 
     def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
         """Return the attention bias, the rotary positions or ``None`` for each of the encoder's blocks."""
@@ -220,7 +220,7 @@ class Data2Vec2Encoder(Encoder):
     alibi_scale: Tensor | None
 
     def add_blocks(self) -> None:
-        """Add the extra tokens, the LayerNorm and the blocks."""
+        """Add the extra tokens, the LayerNorm, the blocks and ALiBi."""
         config = self.config
         dim, hidden_dim = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
         self.extra_tokens = (
@@ -238,7 +238,7 @@ class Data2Vec2Encoder(Encoder):
         return list(cast("nn.ModuleList", self.context_encoder["blocks"]))
 
     def add_extra_tokens(self, x_BND: Tensor) -> Tensor:
-        """Put the extra tokens in front, then apply the LayerNorm, (B, T, D)."""
+        """Return the LayerNorm of the extra tokens, followed by ``x_BND``: (B, T, D)."""
         if self.extra_tokens is not None:
             x_BND = torch.cat([self.extra_tokens.expand(x_BND.shape[0], -1, -1), x_BND], dim=1)
         return self.context_encoder["norm"](x_BND)

@@ -27,7 +27,7 @@ def mean_over_time(x_BTD: Tensor, num_extra_tokens: int = 0, padding_mask: Tenso
 
 @dataclass(eq=False)
 class Features:
-    """The results of a model's blocks; each access to a result calls :attr:`run`."""
+    """The results of a model's blocks; each read of :attr:`output` or call of :meth:`layers` calls :attr:`run`."""
 
     run: Callable[[bool], Layers]
     """Runs the blocks and yields each block's results; if the argument is false, the last output may be ``None``."""
@@ -103,7 +103,7 @@ class Features:
         return replace(self, run=lambda _: layers)
 
     def poolings(self, x_BTD: Tensor, prefix: str = "") -> dict[str, Tensor]:
-        """Return ``prefix`` + pooling → pooled features, (B, channels) float32; the windows of a clip are averaged."""
+        """Return ``prefix`` + pooling → pooled features, (B, channels) float32, averaged over a clip's windows."""
         x_BTD = x_BTD.float()
         cls_BP = x_BTD[:, 0] if self.pooled is None else self.pooled.float()
         pooled = {"cls": cls_BP} if self.has_cls_token else {}

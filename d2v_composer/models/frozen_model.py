@@ -39,18 +39,18 @@ class FrozenModel(Teacher):
     """A teacher made from any module that maps images to tokens.
 
     Args:
-        module: Maps images, (B, 3, height, width) float and normalized, to tokens, (B, N, D): CLS, if there is one,
-            then the patches, row by row.
+        module: Maps images, (B, 3, height, width) float and normalized, to tokens, (B, N, D): CLS, with
+            ``has_cls_token``, then the patches, row by row.
         source: Origin of the module's weights.
         license: License of the module's weights, if stated.
         embedding: Name of the teacher's embedding, such as ``output_mean``; default: ``output_cls`` or, without CLS,
             ``output_mean``.
         **sizes: ``image_size``, pixels per side or (height, width); ``grid_size``, rows and columns of patches;
-            ``has_cls_token``; ``image_mean`` and ``image_std`` of each channel, for pixels from 0 to 1, by default
-            ImageNet's.
+            ``has_cls_token``, true if the first token is CLS; ``image_mean`` and ``image_std`` of each channel, for
+            pixels from 0 to 1, by default ImageNet's.
 
     Raises:
-        ValueError: The module's output has another shape or is not finite, or a size is out of range.
+        ValueError: The module's output has an unexpected shape or is not finite, or an argument is out of range.
 
     Example:
         >>> class Grid(torch.nn.Module):  # patches without CLS
@@ -100,7 +100,7 @@ class FrozenModel(Teacher):
         if shape[0] != shape[1] or rows != columns or shape[0] % rows:
             raise ValueError(
                 f"depth: blocks need a square grid of whole patches, got {rows} x {columns} for {shape} pixels; "
-                "choose another grid, or a student that is a timm model, student.model=timm/NAME"
+                "choose a student that is a timm model, student.model=timm/NAME"
             )
         config = ImageEncoderConfig(
             embed_dim=dim,

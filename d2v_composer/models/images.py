@@ -1,4 +1,4 @@
-"""The base of image encoders, and data2vec 2.0's image encoder.
+"""The base of image encoders, data2vec 2.0's image encoder, and functions that resize images.
 
 Shapes: B images, N patches, D channels.
 """

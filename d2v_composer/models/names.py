@@ -1,6 +1,6 @@
-"""Choices for YAMLs and command lines, and the names of embeddings.
+"""Names of models, entry points and embeddings, and choices for YAMLs and command lines.
 
-This module does not import torch.
+Importing this module does not import torch.
 """
 
 from reprlib import repr as short  # a list in a file may hold another one a million times
@@ -13,13 +13,13 @@ TIMM_PREFIX = "timm/"
 PACKAGE_PREFIX = "ext/"
 """Prefix of the name of a teacher, callback or logger from outside this package."""
 ENTRY_POINTS = "d2v_composer.teachers"
-"""Group of entry points, each a function from ``teacher.checkpoint`` to a teacher."""
+"""Group of entry points, each a function that takes ``teacher.checkpoint`` and returns a teacher."""
 CALLBACKS_GROUP = "d2v_composer.callbacks"
 """Group of entry points, each a callable that returns a Composer callback or logger."""
 EMBEDDING = "embedding"
-"""Name of the embedding that :meth:`Backbone.embed` returns by default."""
+"""Name of the embedding that a model's ``embed`` returns by default."""
 JOINT = "joint"
-"""Name of the image embedding that is in one space with the embeddings of a text tower."""
+"""Name of the embedding that the head of a timm model computes, such as CLIP's image embedding."""
 Pooling = Literal["cls", "mean", "mean_patches"]
 Representation = Literal["output", "layer_mean"]
 MadeBy = Literal["teacher", "alignment", "training", "raw"]
@@ -32,7 +32,7 @@ Prediction = Literal["layer_mean", "last_block"]
 Normalization = Literal["instance", "layer"]
 """Normalization of each layer before the average: ``instance``, over tokens, or ``layer``, over channels."""
 TargetSource = Literal["ffn", "block"]
-"""Layers of the target: the FFN outputs, or the outputs, of the teacher's blocks."""
+"""Layers that the target averages: the FFN outputs, or the outputs, of the teacher's blocks."""
 ExtraTokens = Literal["regress", "drop"]
 """Treatment of CLS and registers; see :class:`~d2v_composer.models.configs.TargetOptions`."""
 Weights = Literal["model", "ema"]

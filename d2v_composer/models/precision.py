@@ -1,4 +1,4 @@
-"""Choose the precision in which a model computes on this machine, and compute in it."""
+"""Choose the precision in which a model computes on this machine, and compute in this precision."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -58,7 +58,7 @@ def check_precision(choice: str) -> None:
 
 
 def choose_precision(choice: str) -> Precision:
-    """Return the settings for computing in a precision on this machine's GPU, or on its CPU if it has none."""
+    """Return the settings for computing in a precision on this machine."""
     name = name_precision(choice)
     cpu_bf16 = name == "amp_bf16" and not torch.cuda.is_available()
     return Precision(PRECISIONS[name], "fp32" if cpu_bf16 else name, cpu_bf16)

@@ -1,4 +1,4 @@
-"""Compute the normalized mean of layers, targets and raw embeddings.
+"""Compute targets, raw embeddings, and the normalized mean of a model's layers.
 
 Shapes: B inputs, E extra tokens, N patches or frames, T = E + N time steps (tokens), D channels.
 Source: data2vec 2.0 (Baevski et al. 2022, arXiv:2212.07525), section 3; fairseq ``make_targets``.
@@ -45,7 +45,7 @@ def norm_mean(
     final_layer_norm: bool = True,
     padding_mask: Tensor | None = None,
 ) -> Tensor:
-    """Normalize each layer, average the layers, apply LayerNorm: (B, T, D) float32.
+    """Return the mean of the normalized layers, (B, T, D) float32, after a LayerNorm if ``final_layer_norm``.
 
     Args:
         layers: The layers, (B, T, D) each, of any float dtype.
@@ -180,7 +180,7 @@ def embeddings_of(features: Features, layer_mean: LayerMean) -> dict[str, Tensor
 def names_of(layer_mean: LayerMean, has_cls_token: bool) -> list[str]:
     """Return the names of a model's raw embeddings of ``output`` and ``layer_mean``.
 
-    Without a final LayerNorm, an instance-normalized ``layer_mean`` has only the pooling ``cls``.
+    Without a final LayerNorm, an instance-normalized ``layer_mean`` lacks the poolings ``mean`` and ``mean_patches``.
     """
     names = ["cls", "mean", "mean_patches"][not has_cls_token :]
     is_zero = layer_mean.normalization == "instance" and not layer_mean.final_layer_norm
@@ -198,7 +198,7 @@ def target_of(features: Features, options: TargetOptions, top_k: int, layer_mean
         layer_mean: The module that normalizes and averages the layers.
 
     Raises:
-        ValueError: The teacher has fewer layers than ``top_k``.
+        ValueError: ``top_k`` is not from 1 to the teacher's number of layers.
     """
     check_whole("average_top_k_layers", top_k, 1, features.num_layers)
     layers = islice(features.layers(options.source), features.num_layers - top_k, None)

@@ -85,14 +85,14 @@ class Teacher(Backbone, Freezable):
         """Compute the regression targets: the normalized mean of the teacher's last layers.
 
         Args:
-            x: (B, T, D), from :meth:`encode`.
+            x: Tokens, (B, T, D), from :meth:`encode`.
             extra_tokens: ``regress``: return targets for CLS and registers, too. ``drop``: leave CLS and registers
                 out of the targets and of InstanceNorm's statistics.
-            padding_mask: (B, T), true for padding, from :meth:`padding_mask`; targets for padding are meaningless.
+            padding_mask: From :meth:`padding_mask`, (B, T), true for padding; targets for padding are meaningless.
             **options: Further fields of :class:`~d2v_composer.models.configs.TargetOptions`.
 
         Returns:
-            (B, T, D) float32; if ``extra_tokens`` are dropped, (B, N, D).
+            Targets, (B, T, D) float32; with ``extra_tokens="drop"``, (B, N, D).
 
         Raises:
             ValueError: An option is unknown or out of range.
@@ -124,10 +124,10 @@ class Teacher(Backbone, Freezable):
         """Build a trainable student: blocks on :meth:`student_encoder`, or a timm model.
 
         Args:
-            init: ``random``, or what to copy from the teacher's first blocks: ``teacher_attention`` or
-                ``teacher_blocks``.
-            model: ``timm/NAME``, a timm model whose features have a grid and which takes the teacher's images; the
-                whole model trains. Default: blocks on :meth:`student_encoder`.
+            init: ``random``, or what to copy from the teacher's first blocks after the encoder: ``teacher_attention``
+                or ``teacher_blocks``.
+            model: ``timm/NAME``, a timm model whose features have a grid; all of the model is trained. Default: blocks
+                on :meth:`student_encoder`.
             pretrained: Start from timm's weights of ``model``.
             freeze_copied: Freeze the attention that ``init="teacher_attention"`` copies.
             depth, mlp_ratio, alibi, embed_dim, normalization, final_layer_norm: Fields of
@@ -176,7 +176,8 @@ class Teacher(Backbone, Freezable):
         sources, depth = self.init_sources(init), len(student.blocks)
         if depth > len(sources):
             raise ValueError(
-                f"init {init} needs a depth of at most {len(sources)}, the number of the teacher's blocks; got {depth}"
+                f"init {init} needs a depth of at most {len(sources)}, the number of the teacher's blocks after the "
+                f"encoder; got {depth}"
             )
         try:
             for block, source in zip(student.block_list, sources, strict=False):
@@ -193,7 +194,7 @@ class Teacher(Backbone, Freezable):
             name: value for name, value in options.items() if name == "normalization" or value != defaults.get(name)
         }
         if not_its := sorted(options.keys() - {"normalization", "final_layer_norm"}):
-            raise ValueError(f"{not_its[0]}: applies only to blocks on the teacher's encoder; leave it out for {model}")
+            raise ValueError(f"{not_its[0]}: applies only to blocks on an encoder; leave it out for {model}")
         sizes = self.encoder.config
         if sizes.modality != "image":
             raise ValueError(f"model: {model} takes images, but this teacher takes {sizes.modality}")

@@ -80,7 +80,7 @@ def config_of(model: str) -> TimmNetworkConfig:
 
 
 def projection_width(num_classes: int | None) -> int:
-    """Return ``num_classes`` of a timm model if it is the width of a projection, else 0.
+    """Return ``num_classes`` of a timm model if this number is the width of a projection, else 0.
 
     Multiples of 64 count as widths of projections, all other numbers as numbers of classes.
     """
@@ -105,7 +105,7 @@ class TimmBackbone(PixelEncoder):
         options: Options with which ``timm.create_model`` builds this model.
 
     Raises:
-        ValueError: There is no such model, or its features have no grid.
+        ValueError: timm has no such model or no weights of it, or the model's features have no grid.
     """
 
     config: TimmNetworkConfig
@@ -122,7 +122,7 @@ class TimmBackbone(PixelEncoder):
                 self.grid_size = self.find_grid(features)
                 self.num_channels, self.num_pooled = self.cells(features).shape[-1], pooled.shape[-1]
             except Exception as error:
-                raise ValueError(f"{config.model} gives no grid of features for {shape} pixels") from error
+                raise ValueError(f"{config.model} gives no grid of features for images of {shape} pixels") from error
         self.model, _ = create_network(config, pretrained)
 
     @property
@@ -178,7 +178,7 @@ class TimmBackbone(PixelEncoder):
 class TimmStudent(Backbone):
     """A student whose encoder is a whole timm model.
 
-    The raw embedding ``output_cls`` is timm's ``forward_head(…, pre_logits=True)``; ``output_mean`` and
+    The raw embedding ``output_cls`` is the result of timm's ``forward_head(…, pre_logits=True)``; ``output_mean`` and
     ``output_mean_patches`` are both the mean of the feature map.
 
     Args:

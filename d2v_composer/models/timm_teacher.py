@@ -1,6 +1,6 @@
 """Teachers that are timm models of the classes VisionTransformer, Eva and Beit.
 
-Shapes: B images, T tokens, D channels, L blocks, H heads, P channels of the embedding.
+Shapes: B images, T tokens, D channels, L blocks, H heads, P channels of the embedding ``joint``.
 """
 
 import copy
@@ -266,7 +266,7 @@ class TimmParts(NamedTuple):
     """A timm model, taken apart."""
 
     stem: nn.Module
-    """The model without the other parts: its ``forward_features`` computes everything before the blocks."""
+    """The model without its blocks, contexts and norm: ``forward_features`` computes the input of the first block."""
     blocks: list[TimmBlock]
     contexts: FixedContexts
     norm: nn.Module
@@ -284,7 +284,7 @@ class TimmParts(NamedTuple):
 
 
 def materialize(module: ModuleT) -> ModuleT:
-    """Allocate memory for a meta module, without values, unless meta is the default device."""
+    """Allocate uninitialized memory for the weights of a meta module, unless meta is the default device."""
     device = torch.get_default_device()
     if device.type != "meta":
         module.to_empty(device=device)
@@ -313,11 +313,11 @@ class TimmHead(Freezable):
 
 
 class TimmEncoder(PixelEncoder):
-    """A timm ViT's encoder: everything before its blocks, and the first blocks.
+    """A timm ViT's encoder: the layers before the blocks, and the first blocks.
 
     Args:
         config: Sizes.
-        parts: Parts of a model of these sizes; default: new ones, into which a state dict must be loaded.
+        parts: Parts of a model of these sizes; default: new parts, into which a state dict must be loaded.
 
     Raises:
         ValueError: timm has no such model, or builds it with other sizes than the config's.

@@ -158,7 +158,7 @@ def test_a_student_starts_from_the_teachers_blocks(teacher: Data2Vec2) -> None:
     attention = teacher.build_student(depth=2, init="teacher_attention")
     torch.testing.assert_close(attention.block_list[1].attn.qkv.weight, teacher.block_list[1].attn.qkv.weight)
     assert attention.block_list[1].attn.qkv.weight.requires_grad
-    with pytest.raises(ValueError, match="at most 3, the number of the teacher's blocks"):
+    with pytest.raises(ValueError, match="at most 3, the number of the teacher's blocks after the encoder"):
         teacher.build_student(depth=4, init="teacher_attention")
 
 
