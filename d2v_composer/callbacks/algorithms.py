@@ -19,7 +19,7 @@ class GradientClipping(algorithms.GradientClipping):
     """Clip the global norm of the trained parameters' gradient.
 
     Args:
-        clipping_threshold: The norm to which a larger gradient is scaled down.
+        clipping_threshold: The largest norm, to which a gradient with a larger norm is scaled down.
     """
 
     def __init__(self, clipping_threshold: float) -> None:

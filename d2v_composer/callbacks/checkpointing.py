@@ -48,7 +48,7 @@ class Stop:
 
     Attributes:
         signal: The signal, the same on all ranks; ``None`` while the run goes on.
-        is_last_batch: True after the run's last batch.
+        is_last_batch: True after the last batch of a run whose duration is in batches.
     """
 
     def __init__(self) -> None:

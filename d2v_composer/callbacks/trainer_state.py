@@ -40,7 +40,7 @@ def due_every(interval: str, final_events: Set[Event] = frozenset()) -> Callable
 
 
 def loss_scale(state: State) -> float:
-    """Return the factor by which the loss is scaled in the backward pass; 0 without loss scaling."""
+    """Return the scale of the Trainer's gradient scaler; 0 without an enabled scaler."""
     return float(state.scaler.get_scale()) if state.scaler is not None and state.scaler.is_enabled() else 0.0
 
 

@@ -70,7 +70,7 @@ def measure(
 
 
 class PairLoader:
-    """Pairs of queries and a bank, made from every model's embeddings of a set."""
+    """Makes pairs of queries and a bank from the models' embeddings of a set."""
 
     def __init__(
         self,

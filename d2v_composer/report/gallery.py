@@ -118,8 +118,8 @@ def picture(sample: Tensor) -> bytes:
     """Return a picture of a sample as a PNG file.
 
     Args:
-        sample: A square image, (3, side, side) uint8, or a clip, (L,) float32, whose first 10 seconds are drawn as a
-            log-mel spectrogram.
+        sample: An image, (3, height, width) uint8, or a clip, (L,) float32, of which the log-mel spectrogram of the
+            first 10 seconds is drawn.
     """
     if sample.ndim == 3:
         if sample.shape[1] > SHOWN_SIZE:

@@ -164,7 +164,7 @@ def plot(title: str, scale: str, lines: Mapping[str, Line], limits: tuple[float,
 
     Args:
         title: Title of the plot.
-        scale: "%" for a vertical axis in %, "log" for a logarithmic axis if all values are positive, or "".
+        scale: "%" for a vertical axis in %, "log" for a logarithmic axis if all values are positive, "" for neither.
         lines: Label → :data:`Line`.
         limits: The lowest and the highest value that the plot may show; default: no limits.
     """

@@ -119,9 +119,9 @@ def _found(column: Column, cells: Mapping[str, Result], gap: GapClosed, unit: st
         return f"{said}; that is {percent(gap.interval, 0)} % {way}."
     if not gap.queries_needed:
         return f"{said}; the teacher is no better than the untrained student ({shown[UNTRAINED]})."
-    few = f"{len(cells[STUDENT].hits):,} {unit} are too few to tell how far training moves the student"
+    few = f"{len(cells[STUDENT].hits):,} {unit} are too few to tell how far the student has come toward the teacher"
     enough = f"{gap.queries_needed:,} or more would be enough"
-    return f"{said}; {few} from the untrained student's {shown[UNTRAINED]} toward the teacher ({enough})."
+    return f"{said}; the untrained student scores {shown[UNTRAINED]}; {few} ({enough})."
 
 
 def _next(run: Run, dataset: str, column: Column, cells: Mapping[str, Result], gap: GapClosed) -> str:

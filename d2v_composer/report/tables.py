@@ -1,4 +1,4 @@
-"""Format the results of a run, an evaluation and a study as text tables."""
+"""Format the results of runs, evaluations and studies as tables."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import mean

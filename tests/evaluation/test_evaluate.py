@@ -88,7 +88,7 @@ def test_the_students_numbers_are_those_of_its_embeddings(of_a_checkpoint: Evalu
     assert values["teacher", "", "agreement", "10"] == 1
     assert all(0 <= float(row["low"]) <= float(row["value"]) <= float(row["high"]) <= 1 for row in rows)
     assert printed.startswith("embedding: output_cls, 48 channels, ")
-    assert "Probes fitted to train, measured on test on small" in printed
+    assert "Classification of the test samples by probes fitted to the train samples on small" in printed
 
 
 @pytest.mark.slow

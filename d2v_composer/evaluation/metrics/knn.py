@@ -11,7 +11,9 @@ from d2v_composer.evaluation.metrics.metric import Column, Metric, Pair, Table
 from d2v_composer.evaluation.nearest_neighbors import NUM_NEIGHBORS, TEMPERATURE, vote
 
 CLASSIFIERS = Table(
-    "probes", "Probes fitted to train, measured on test", "Do classifiers fitted to train find the right class?"
+    "probes",
+    "Classification of the test samples by probes fitted to the train samples",
+    "Do classifiers fitted to the train samples find the right class?",
 )
 
 

@@ -30,7 +30,7 @@ class Table(NamedTuple):
 
 
 class Column(NamedTuple):
-    """A column of tables: one of the numbers that a metric computes for each query."""
+    """A column of a table, with one measure of a metric."""
 
     metric: str
     """Name of the metric."""
