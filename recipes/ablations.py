@@ -7,8 +7,8 @@
     python recipes/ablations.py --images /data/cifar --out /mnt/runs/ablations
 
 A study is a folder with base.yaml, which describes a run, and rows.yaml, in which each row has a name and settings that
-replace those of base.yaml. ``num_images: N`` in a row trains on CIFAR-10's first N images. Run the same command again
-to resume an interrupted study.
+replace settings of base.yaml. A row with ``num_images: N`` trains on the first N images of CIFAR-10. Run the same
+command again to resume an interrupted study.
 """
 
 import json
@@ -40,7 +40,7 @@ class Ablations(Command):
     whole: bool = False
     """Use all of CIFAR-10; default: the first 10,000 training and 2,000 test images."""
     out: PlaceHere | None = None
-    """Folder for the runs; default: runs/ablations/ and the study's name."""
+    """Folder for the runs; default: a folder in runs/ablations with the name of the study's folder."""
     rows: tuple[str, ...] | None = None
     """Name of a row to train besides the first row; may be repeated; default: all rows."""
 
@@ -71,7 +71,7 @@ main = Ablations.main
 
 
 def read_rows(study: Path, names: Sequence[str] | None = None) -> dict[str, Mapping[str, Json]]:
-    """Read the first row of a study and the rows in ``names``; ``None`` reads all rows.
+    """Read the first row of a study and the rows in ``names``; or, if ``names`` is ``None``, all rows.
 
     Returns:
         Name of a row → its settings, in the order of the file.
@@ -85,7 +85,9 @@ def read_rows(study: Path, names: Sequence[str] | None = None) -> dict[str, Mapp
     rows = read_yaml(path)
     is_study = rows and all(isinstance(name, str) and isinstance(row, dict) for name, row in rows.items())
     if not (is_study and all(isinstance(row.get("num_images", 1), int) for row in rows.values())):
-        expected = "'name: {key: value}' for each row; num_images must be a whole number, and a numeric name in quotes"
+        expected = (
+            "'name: {key: value}' for each row; num_images must be a whole number, and a numeric name must be in quotes"
+        )
         raise InputError(f"{path}: expected a line {expected}")
     chosen = [next(iter(rows)), *(rows if names is None else names)]
     for name in chosen:
@@ -115,12 +117,12 @@ def train_rows(commands: Mapping[str, Sequence[str]], folders: Mapping[str, Path
     """Train the rows one after another, each in a subprocess.
 
     Raises:
-        InputError: A row failed; all other rows have been trained, too.
+        InputError: A row failed. The error is raised after the last row.
     """
     problems = []
     for row, command in commands.items():
         output = folders[row].with_name(f"{folders[row].name}.txt")
-        print(f"{row}: training; its output goes to {output}")
+        print(f"{row}: training; the output goes to {output}")
         output.parent.mkdir(parents=True, exist_ok=True)
         with output.open("a") as file, if_interrupted(lambda: "the same command resumes"):
             defer_signals()

@@ -9,7 +9,7 @@ usage: composer recipes/detect.py FILE.yaml model=PATH [dotted.key=value …]
     composer recipes/detect.py yamls/detect.yaml model=timm/resnet18 pretrained=false run_name=scratch
 
 composer starts a process for each GPU; python trains in one process. `d2v fields detection` lists every field.
-Run the same command again to resume.
+Run the same command again to resume an interrupted run.
 """
 
 import d2v_composer.system.machine  # noqa: F401  (first: torch reads the environment when it is imported)

@@ -3,7 +3,7 @@
 usage: python recipes/embed_onnx.py student.onnx photos embeddings.npy
 
 The script needs numpy, onnxruntime and Pillow. student.onnx must take normalized images. embeddings.npy has the
-embeddings, (N, D), and embeddings.ids.npy the names of the images, (N,). Files whose suffix Pillow does not know are
+embeddings, (N, D), and embeddings.ids.npy the paths of the images, (N,). Files whose suffix Pillow does not know are
 left out.
 """
 

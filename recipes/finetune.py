@@ -9,7 +9,7 @@ usage: composer recipes/finetune.py FILE.yaml model=PATH [dotted.key=value …]
         optimizer.layer_decay=0.75 run_name=whole
 
 composer starts a process for each GPU; python trains in one process. `d2v fields fine-tuning` lists every field.
-Run the same command again to resume.
+Run the same command again to resume an interrupted run.
 """
 
 import d2v_composer.system.machine  # noqa: F401  (first: torch reads the environment when it is imported)

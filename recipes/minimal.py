@@ -2,9 +2,9 @@
 
 usage: python recipes/minimal.py
 
-The script needs torch, torchvision, safetensors and Streaming. Teacher and student share one frozen encoder; only the
-student's blocks are trained. At every token, the mean of their normalized FFN outputs regresses the mean of the
-normalized FFN outputs of the teacher's blocks.
+The script needs torch, torchvision, safetensors, Streaming and Pillow. Teacher and student share one frozen encoder;
+only the student's blocks are trained. At every token, the mean of the normalized FFN outputs of the student's blocks
+regresses the mean of the normalized FFN outputs of the teacher's blocks.
 
 Sources: data2vec 2.0 (Baevski et al. 2022, arXiv:2212.07525); ALiBi (Press et al. 2022, arXiv:2108.12409); a thesis
 chapter on distilled unimodal data2vec 2.0 (Tim Cares 2024, github.com/TimCares/MasterThesis).
@@ -66,7 +66,7 @@ class Block(nn.Module):
 
 
 class Layers(nn.Module):
-    """A norm, if given, then blocks; returns the last block's output and every block's FFN output."""
+    """A norm, if given, then blocks; returns the last block's output and every block's FFN output, each (B, T, D)."""
 
     def __init__(self, sizes: dict, depth: int, mlp_ratio: float, norm: nn.Module | None = None) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ def norm_mean(ffn_outputs: list[Tensor]) -> Tensor:
 
 
 def step(teacher: Teacher, student: Student, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return target and prediction, (B, T, D), and their mean squared error over images, tokens and channels."""
+    """Return target and prediction, each (B, T, D), and the mean squared error over images, tokens and channels."""
     with torch.no_grad():
         x_BTD = teacher.encoder(images)  # once, for both
         target_BTD = norm_mean(teacher(x_BTD)[1][-teacher.sizes["average_top_k_layers"] :])

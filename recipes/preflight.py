@@ -5,7 +5,8 @@ usage: composer recipes/preflight.py FILE.yaml [dotted.key=value …]
     composer recipes/preflight.py yamls/quickstart.yaml
     composer recipes/preflight.py yamls/distill.yaml train_loader.remote=s3://BUCKET/imagenet/train
 
-The program prints a table of checks and, if all pass, what the whole run will need. The exit status is 0 if all pass.
+The program prints a table of checks. If all checks pass, the program also prints what the whole run will need, and the
+exit status is 0.
 """
 
 import shlex

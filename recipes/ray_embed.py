@@ -8,10 +8,10 @@
 usage: ray_embed.py MODEL SOURCE OUT [COLUMN]
 
 SOURCE is a folder of images or clips, of Parquet files or of WebDataset tars. COLUMN names the column of the samples in
-Parquet files or, with a dot, the suffix of the samples in tars. OUT is a new folder of Parquet files with the rows of
-SOURCE in any order: the columns embedding and error replace the samples. The name of a sample is in the column path or,
-for tars, in the column __key__; Parquet files keep their columns. Every machine must reach MODEL, SOURCE and OUT. The
-cluster needs at least two cores.
+Parquet files or, with a dot, the suffix of the samples in tars. OUT is a new folder of Parquet files, with a row for
+each sample in any order. The columns embedding and error replace the samples. The name of a sample is in the column
+path or, for tars, in the column __key__; Parquet files keep all other columns. Every machine must reach MODEL, SOURCE
+and OUT. The cluster needs at least two cores.
 """
 
 import sys

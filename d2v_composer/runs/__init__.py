@@ -1,1 +1,1 @@
-"""Distillation, fine-tuning and detection: each run from its config to its report."""
+"""Runs of distillation, fine-tuning, detection and evaluation."""

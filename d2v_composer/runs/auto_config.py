@@ -236,9 +236,7 @@ def convert_samples(request: Request, plan: Plan) -> None:
 def configure(
     request: Request, samples: Path, chosen: Mapping[str, Json], path: str | Path = os.devnull
 ) -> TrainConfig:
-    """Return the run's config.
-
-    The settings in ``chosen`` replace those of the YAML ``path``, and the request's arguments replace both.
+    """Return the run's config: the YAML ``path``, changed by the settings in ``chosen``, then by the request.
 
     Raises:
         InputError: A changed setting is invalid.

@@ -24,8 +24,9 @@ FIXED = "fixed_positional_encoder."
 class Classifier(ComposerModel):
     """Train a student or a teacher with a linear head to classify samples.
 
-    A batch is images, (B, 3, height, width), or waveforms, (B, L), and labels: (B,) int64, or (B, C) float if mixed.
-    If waveforms are padded, their lengths in audio samples follow, (B,) int64. :meth:`prepare` normalizes images.
+    A batch has images, (B, 3, height, width) uint8 or normalized float, or waveforms, (B, L) float; then labels, (B,)
+    int64, or class probabilities, (B, C) float; then, if waveforms are padded, the number of audio samples in each
+    waveform, (B,) int64.
 
     Parameters on which the embedding does not depend are frozen.
 
@@ -84,7 +85,7 @@ class Classifier(ComposerModel):
 
     @torch.no_grad()
     def prepare(self, batch: Batch) -> Batch:
-        """Resize and normalize images; return waveforms unchanged."""
+        """Return the batch with resized and normalized images, or with unchanged waveforms."""
         values, *rest = batch
         return self.backbone.encoder.normalized(values), *rest
 

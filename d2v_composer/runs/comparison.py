@@ -1,4 +1,4 @@
-"""Build the models and the labeled sets of an evaluation."""
+"""Build the models and the data sets of an evaluation."""
 
 import sys
 from contextlib import suppress
@@ -32,9 +32,9 @@ from d2v_composer.system.processes import global_rank
 
 
 def build_labeled_sets(lookup: LookupConfig, modality: Modality, embedding: EmbeddingInfo) -> dict[str, EvaluationSet]:
-    """Load the labeled sets in ``lookup.datasets`` that are not null, by name.
+    """Load the data sets in ``lookup.datasets`` that are not null, and return the data sets by name.
 
-    A warning is printed if test samples are also train samples.
+    A warning is printed if test samples are also training samples.
 
     Args:
         lookup: The section that names the data sets and the probes.
@@ -65,7 +65,7 @@ def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None
     """Build a student as it was before its training, or a teacher's default student.
 
     Returns:
-        The student; ``None``, after a line on stderr, if its initial weights are not available.
+        The student; ``None``, after a line on stderr, if the initial weights are not available.
     """
     if isinstance(model, Teacher):
         return model.build_student()

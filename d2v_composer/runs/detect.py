@@ -107,7 +107,7 @@ def load_backbone(config: DetectConfig) -> Backbone:
     """Load a student, or build a timm model, for the run's image size.
 
     Raises:
-        InputError: The model is not a student that takes images, or cannot be built for the image size.
+        InputError: The model is not a student that takes images, or does not fit ``image_size`` or ``pretrained``.
     """
     size = config.image_size
     if config.model.startswith(TIMM_PREFIX) and not Path(config.model).exists():

@@ -66,7 +66,7 @@ class FeatureMaps(nn.Module):
         self.pyramid = FeaturePyramidNetwork(widths, channels, LastLevelP6P7(channels, channels))
 
     def maps(self, images: Tensor) -> list[Tensor]:
-        """Return the feature maps of normalized images, (B, 3, height, width); each map is (B, C, rows, columns)."""
+        """Return the feature maps, each (B, C, rows, columns), of normalized images, (B, 3, height, width) float."""
         student = self.student
         if isinstance(student, TimmStudent):
             return student.encoder.model.forward_intermediates(images, self.indices, intermediates_only=True)
@@ -185,7 +185,7 @@ class Detector(ComposerModel):
 
 
 def targets_of(batch: Batch) -> list[dict[str, Tensor]]:
-    """Return the boxes of each image, as torchvision and torchmetrics take them."""
+    """Return the boxes, classes and crowds of each image, in the form that torchvision and torchmetrics take."""
     return [
         {"boxes": boxes[labels > 0], "labels": labels[labels > 0], "iscrowd": crowds[labels > 0].long()}
         for boxes, labels, crowds in zip(*batch[1:], strict=True)

@@ -76,7 +76,7 @@ def train_student(
 
     Raises:
         InputError: A file, data set or setting cannot be used.
-        RunError: The run failed in a foreseen way.
+        RunError: The training cannot go on; the message says why.
 
     Example:
         >>> config = load_config(["quickstart.yaml", "max_duration=1ba", "retrieval.datasets={}"])
@@ -134,7 +134,7 @@ class TrainingData(NamedTuple):
 
     loader: DataLoader[object]
     kept: KeptTargets | None
-    """The callback that keeps the teacher's targets on disk, if the run has one."""
+    """The callback that keeps the teacher's targets on disk; ``None``: no targets are kept."""
     alignment_samples: Samples | None
     """The samples to which the student's alignment is fitted; ``None``: no alignment is fitted."""
     about: Record
@@ -171,7 +171,7 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
     """Build the model from the sections ``teacher``, ``student`` and ``objectives``.
 
     Raises:
-        InputError: The teacher's file cannot be used, or another setting does not fit the teacher.
+        InputError: The teacher cannot be loaded, or a setting does not fit the teacher or this machine.
     """
     with node_leaders_first("the teacher"):
         teacher = teacher or build_teacher(config)
@@ -219,7 +219,7 @@ def build_teacher(config: TrainConfig) -> Teacher:
     """Load the teacher that the section ``teacher`` describes.
 
     Raises:
-        InputError: The teacher's file cannot be used.
+        InputError: The teacher cannot be loaded.
     """
     section = config.teacher.model_dump()
     try:
@@ -257,18 +257,18 @@ def set_teachers_embedding(config: TrainConfig, teacher: Teacher) -> None:
         teacher.use_embedding(alignment.pooling, alignment.representation)
     if alignment.representation == "layer_mean" and section.first_blocks is not None and section.model == DATA2VEC2:
         raise InputError(
-            "alignment.representation: layer_mean needs all layers of the teacher; unset teacher.first_blocks"
+            "alignment.representation: layer_mean needs all layers of the teacher; set teacher.first_blocks=null"
         )
 
 
 def fitted_width(config: TrainConfig, model: DistillationModel) -> int:
-    """Return the width of the alignment that the run fits; 0 if the run trains the alignment, or has none."""
+    """Return the width of the alignment that the run fits; 0 if the run fits no alignment."""
     is_fitted = config.alignment.max_samples > 0 and model.student.alignment is None
     return model.teacher.embedding.width if is_fitted else 0
 
 
 def build_alignment(config: TrainConfig, model: DistillationModel, samples: Samples | None) -> AlignStudent | None:
-    """Build the callback that fits the student's alignment; ``None`` if the run trains the alignment or has none.
+    """Build the callback that fits the student's alignment; ``None`` if the run fits no alignment.
 
     Args:
         config: Config of the run.

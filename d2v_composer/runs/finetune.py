@@ -152,7 +152,8 @@ def count_classes(root: Path, class_names: tuple[str, ...], tested: Tensor) -> i
     """Return the number of classes, given their names and the labels of the test samples, (N,).
 
     Raises:
-        InputError: There are fewer than two classes, or a label is negative, or 100 times the number of classes.
+        InputError: There are fewer than two classes, a label is negative, or a label is at least 100 times the number
+            of classes.
     """
     labels = tested.unique()
     smallest, largest, num_known = int(labels.min()), int(labels.max()), max(len(class_names), len(labels))

@@ -79,7 +79,7 @@ def print_row(name: str, verdict: str, result: str) -> None:
 
 
 class Rehearsal:
-    """A short run with the user's arguments, in other folders.
+    """A short run with the user's arguments, in separate folders.
 
     A method that checks something returns a text for the table, and raises an exception if the check fails.
     """

@@ -1,4 +1,4 @@
-"""What all kinds of runs share: building Composer's Trainer, resuming, training and the report."""
+"""Functions that several kinds of runs share: build Composer's Trainer, resume, train and report."""
 
 import copy
 import hashlib
@@ -316,7 +316,7 @@ def build_loggers(config: TrainerConfig, unit: str) -> list[LoggerDestination]:
 
 
 def arguments_in(folder: RunFolder, name: str) -> Record:
-    """Return the arguments with which a logger writes into the run's folder, if any."""
+    """Return the arguments, if any, that let a logger write into the run's folder."""
     local = folder.local.absolute()
     if name == "jsonl":
         return {"filename": str(folder.local / LOG)}
@@ -436,7 +436,7 @@ def _describe(trainer: Trainer, config: TrainerConfig, header: Mapping[str, str]
 
 
 def write_run_report(trainer: Trainer, config: TrainerConfig, retrieval: ZeroShotRetrieval | None = None) -> None:
-    """Write and upload the report, unless ``report`` is false or the run has no folder or no log.
+    """Write the report into the run's folder, unless ``report`` is false or the run has no folder or no log.
 
     An error is printed, not raised.
     """
