@@ -1,7 +1,7 @@
 """Convert images or audio to MDS shards, in a folder or in an object store.
 
-The seed and the sizes of the samples decide which samples are in a shard. A worker writes a shard, then a record of the
-shard; a conversion that starts again keeps the shards that match their records. The index is written last.
+A worker writes a shard, then a record of the shard. A resumed conversion keeps the shards that match their records. The
+index is written last.
 """
 
 import hashlib
@@ -48,8 +48,8 @@ def open_samples(source: str | Path, split: str | None = None, part: Part = ALL,
     """Open the images or the clips of a split.
 
     Args:
-        source: A source of :func:`~d2v_composer.sources.open.open_source`; or ``cifar10:FOLDER``, CIFAR-10 in FOLDER,
-            which is downloaded if it is missing.
+        source: A source of :func:`~d2v_composer.sources.open.open_source`; or ``cifar10:FOLDER`` for
+            CIFAR-10, which is downloaded to FOLDER if CIFAR-10 is missing.
         split: See :meth:`Files.open_split <d2v_composer.sources.open.Files.open_split>`.
         part: See :func:`~d2v_composer.sources.open.open_source`.
         **options: Other arguments of :func:`~d2v_composer.sources.open.open_source`; by default, the samples are
@@ -262,7 +262,8 @@ def convert(
             :meth:`Audio.encode <d2v_composer.data.audio.Audio.encode>`.
 
     Raises:
-        InputError: A sample is unreadable, or ``out`` holds other files or cannot be listed.
+        InputError: A sample is unreadable and not skipped, all samples are unreadable, or ``out`` holds other files, is
+            in use or cannot be listed.
         RunError: The disk or the store fails, or a worker was killed.
     """
     out = place_to_write(out)
@@ -278,7 +279,7 @@ def convert(
     with sole_user(work / "lock", LOCK_SECONDS) as alone:
         if not alone:
             raise InputError(
-                f"{out}: another conversion is writing there; wait until the conversion ends, or choose another OUT"
+                f"{out}: another conversion is writing to OUT; wait until the conversion ends, or choose another OUT"
             )
         _check_out(out, work)
         _write_json(out, work, {SUMMARY: summary})  # from now on, it says that OUT is ours
@@ -299,8 +300,8 @@ def convert(
                 path.unlink()
         if out.startswith("s3://") and (lost := sorted(name for name, _ in etags.items() - list_etags(out).items())):
             raise RunError(
-                f"{out}/{lost[0]}: {len(lost)} shards were removed or replaced after their upload; run the same "
-                "command to write them again"
+                f"{out}: shards that were removed or replaced after their upload: {len(lost)}; the first: {lost[0]}; "
+                "run the same command to write these shards again"
             )
         skipped = [line for shard in shards for line in shard["skipped"]]
         lengths = [length for shard in shards for length in shard["lengths"]]

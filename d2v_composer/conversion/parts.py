@@ -1,4 +1,4 @@
-"""Find, check and read the parts of a conversion or of embeddings, before and after they are made."""
+"""Find, check and read the parts of a conversion or of a file of embeddings."""
 
 import re
 from functools import cached_property
@@ -19,7 +19,7 @@ TABLE_SUFFIXES = (".npy", ".parquet")
 
 
 def plan_of(source: Source, part: Part, **settings: Json) -> Record:
-    """Return the plan of a part: its number, and the source, version and settings that all parts must share."""
+    """Return the plan of a part: its index, and the number of parts, source and settings that all must share."""
     same = {"unit": source.modality.unit, "source": source.content, "version": version("d2v-composer")}
     return part._asdict() | same | settings
 
@@ -107,7 +107,7 @@ class Parts:
 
     @staticmethod
     def load(address: str) -> Json:
-        """Return the content of a JSON file that this package wrote; ``None`` if there is no such file.
+        """Return the content of a JSON file that this package wrote; ``None`` if the file is missing.
 
         Raises:
             InputError: The file cannot be read.

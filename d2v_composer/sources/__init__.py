@@ -13,9 +13,9 @@ class Container(NamedTuple):
     ids: str
     """Form of a sample's id, such as ``FILE.zip/PATH``."""
     samples: str
-    """Text for the guides: what a sample is in a file of this kind, and where its label comes from."""
+    """Text for the guides: what the samples in a file of this kind are."""
     labels: str
-    """Text for the help of ``--label-column``: the allowed values; empty if files of this kind have no columns."""
+    """Text for the help of ``--label-column``: the option's values; empty if files of this kind have no columns."""
     module: str
     """Name of the module, in this package, that contains the function ``list_samples`` for this kind."""
 
@@ -29,8 +29,8 @@ CONTAINERS = (
         ".parquet",
         "Parquet files",
         "FILE.parquet#ROW",
-        "a column of files' bytes, of paths relative to the file or of the hub's images; if several fit, `--column` "
-        "chooses one",
+        "a column of files' bytes, of paths relative to the file or of the hub's images; if several columns fit, "
+        "`--column` chooses one",
         "a column",
         "parquet",
     ),
@@ -61,7 +61,7 @@ def listed(words: Iterable[str]) -> str:
 
 NAMES = listed(container.plural for container in CONTAINERS)
 # What a SOURCE may be besides a folder of files, and the help of --column and --label-column.
-SOURCES = f"MDS, {NAMES} (a file, folder or glob, here or in a store: s3://, …), or hf://datasets/ORG/NAME"
+SOURCES = f"MDS, {NAMES} (a file, folder or glob, local or in a store: s3://, …), or hf://datasets/ORG/NAME"
 COLUMN = (
     "The column that holds the samples; in tars, the suffix of their files. Default: the only column that can hold "
     "samples; in MDS, image or audio."
@@ -72,7 +72,7 @@ LABEL_COLUMN = ", ".join(f"for {container.plural} {container.labels}" for contai
 LOCAL = ("cifar10", "cifar100", "speech_commands", "mds", "folder")
 FORMATS = (*LOCAL, *(container.suffix[1:] for container in CONTAINERS))
 FORMAT = (
-    "Format of the data set. If null, the format is found from the files in ROOT; set it for CIFAR, for Speech "
+    "Format of the data set. If null, the format is found from the files in ROOT; set a format for CIFAR, for Speech "
     "Commands, and if ROOT holds files of several formats. Allowed: " + listed(f"``{name}``" for name in FORMATS)
 )
 IDS = ", ".join(container.ids for container in CONTAINERS)

@@ -1,4 +1,4 @@
-"""List and read the samples of an archive whose folders are splits and classes."""
+"""List and read the samples of an archive."""
 
 from array import array
 from collections import Counter

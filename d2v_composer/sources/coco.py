@@ -43,7 +43,7 @@ class _File(BaseModel):
 
 
 class Boxes(NamedTuple):
-    """The N images of a folder, and their K boxes, sorted by image."""
+    """N images in a folder, and the K boxes of these images, sorted by image."""
 
     folder: Path
     names: PackedStrings

@@ -64,7 +64,7 @@ class EvaluationSet(NamedTuple):
     """Embeddings of the C class names by a text tower, (C, P) float32."""
 
     def numbered(self) -> "EvaluationSet":
-        """Return the set with labels renumbered from 0 without gaps, and with class names and embeddings reordered."""
+        """Return the set with labels renumbered from 0 without gaps, and class names and embeddings in their order."""
         if not self.has_labels:
             return self
         values, numbers = torch.cat([self.train.labels, self.test.labels]).unique(return_inverse=True)
@@ -125,15 +125,15 @@ def load_labeled_set(
     """Load the splits train and test of a labeled set, or only the test samples of a set without labels.
 
     Args:
-        format: One of :data:`~d2v_composer.sources.FORMATS`; ``None``: the format of the files in ``root``, which must
-            not be CIFAR or Speech Commands.
+        format: One of :data:`~d2v_composer.sources.FORMATS`; ``None``: the format is found from the files in
+            ``root``, which cannot find CIFAR and Speech Commands.
         root: For CIFAR, the folder of torchvision's files; for Speech Commands, the folder of its unpacked archive; for
-            MDS, the folder of the data sets train and test; for other formats, a source of
-            :func:`~d2v_composer.sources.open.open_source`.
+            MDS, the folder of the data sets train and test or, without labels, a data set; for other formats, a source
+            of :func:`~d2v_composer.sources.open.open_source`.
         modality: Modality of the samples; default: images, resized to ``image_size``.
         image_size: Pixels per side, or (height, width). CIFAR's images are not resized.
         interpolation: Interpolation with which images are resized: ``bicubic`` or ``bilinear``.
-        download: Download CIFAR to ``root`` if it is missing.
+        download: Download CIFAR, if missing, to ``root``.
         column: The column that holds the samples; see :func:`~d2v_composer.sources.open.open_source`.
         label_column: The column that holds the labels; ``None``: no labels. Ignored for CIFAR and Speech Commands.
         max_images: Maximum number of samples of each split, which are evenly spaced; default: all.
@@ -177,8 +177,9 @@ def open_labeled_sets(
     """Return name of a data set → function that loads the data set with its labels renumbered.
 
     Args:
-        section: A section such as a YAML's ``retrieval``: ``datasets``, a data set's name → its arguments of
-            :func:`load_labeled_set`, or null to leave the data set out; and ``max_images``, the default for all.
+        section: A section such as ``retrieval`` in a YAML: ``datasets``, name of a data set → arguments of
+            :func:`load_labeled_set`, or null to leave out the data set; and ``max_images``, the default for all data
+            sets.
         modality: Modality of the samples.
         **changes: Arguments of :func:`load_labeled_set` that replace those of the section.
     """
@@ -310,7 +311,7 @@ def _load(source: Source, max_images: int | None) -> LabeledSamples:
 
 
 def load_mds(folder: Path, modality: Modality, column: str | None, label_column: str | None) -> LabeledSamples:
-    """Load all samples of an MDS data set; the columns are those of :func:`load_labeled_set`."""
+    """Load all samples of an MDS data set; for the columns, see :func:`load_labeled_set`."""
     return _load(open_mds(Index(folder, modality, column, labels=label_column)), None)
 
 
@@ -331,7 +332,7 @@ def read_class_names(root: Path) -> tuple[str, ...]:
 
 
 def collate_labeled(pairs: Sequence[tuple[Tensor, int | Tensor]]) -> list[Tensor]:
-    """Return a batch: inputs, labels, (B,) int64, and, if samples were padded, their lengths, (B,) int64."""
+    """Return a batch: the inputs; the labels, (B,) int64; and, if inputs are padded, their lengths, (B,) int64."""
     samples, labels = zip(*pairs, strict=True)
     values, *lengths = collate(samples)
     return [values, torch.tensor([int(label) for label in labels]), *lengths]

@@ -15,7 +15,7 @@ from d2v_composer.system.addresses import STORES
 from d2v_composer.system.errors import InputError, RunError, reading, reason
 from d2v_composer.system.fetch import HUB, READ_SECONDS, File, fetch, is_remote, list_store
 
-# The branch of a data set on the hub to which its bot converts all others.
+# The branch of a data set on the hub to which the hub's bot writes the other branches' files as Parquet.
 CONVERTED = "refs/convert/parquet"
 # Kinds of files that are left out, besides those with other suffixes.
 LINKS, SPECIAL = "links to files or folders already listed", "special files"
@@ -95,12 +95,12 @@ class FileSnapshot(NamedTuple):
 def list_files(source: str, suffixes: tuple[str, ...], needs: Mapping[str, str]) -> Listing | None:
     """List the files of a source that have one of ``suffixes``, and count the files that are left out.
 
-    If the source is a file, its suffix does not matter. Hidden files and folders are left out. Links are followed, but
-    each file is listed only once.
+    If the source is a local file, the file may have any suffix. Hidden files and folders are left out. Links are
+    followed, but each file is listed only once.
 
     Args:
         source: A file, a folder or a glob, in which ``**`` stands for any number of folders: a local path, an address,
-            or hf://datasets/ORG/NAME[@REVISION][/FOLDER].
+            or hf://datasets/ORG/NAME[@REVISION][/PATH].
         suffixes: Suffixes in lowercase.
         needs: See :attr:`Modality.needs <d2v_composer.data.modality.Modality.needs>`.
 
@@ -155,14 +155,7 @@ def matched_parts(glob: Sequence[str], parts: Sequence[str]) -> frozenset[int]:
 
 
 def _list_disk(root: str, glob: Sequence[str], left_out: Counter[str]) -> Iterator[tuple[File, object]]:
-    """Yield the files in a folder and in the subfolders in which a glob may match a file; links come last.
-
-    Yields:
-        A file or a hidden folder; and a key that is equal for all names of a file.
-
-    Raises:
-        OSError: A folder cannot be listed.
-    """
+    """Yield the files below a folder, links last, each with an object that identifies the file on the disk."""
     seen, named, links = set[object](), deque([""]), deque[str]()
     while named or links:
         path = (named or links).popleft()

@@ -32,7 +32,7 @@ ALIGNMENT_SHARDS = 64
 
 
 class Summary(TypedDict, total=False):
-    """Fields of ``conversion.json``, the file that a conversion writes beside the index."""
+    """The fields that are read from ``conversion.json``, which a conversion writes beside the index."""
 
     classes: list[Json] | None
     lengths: list[int]
@@ -93,7 +93,11 @@ class Shard(NamedTuple):
     """Name, size in bytes (``None`` if it varies) and decoder (``None`` if the column is not read) of each column."""
 
     def read(self, path: Path, number: int) -> dict[str, Stored]:
-        """Return column → value for a sample of the shard, given the path of its uncompressed file and a number from 0.
+        """Return column → value of a sample, for each column that has a decoder.
+
+        Args:
+            path: The shard's uncompressed file.
+            number: Index of the sample in the shard.
 
         Raises:
             OSError: The file cannot be read.
@@ -164,7 +168,7 @@ class Index:
 
     @cached_property
     def lengths(self) -> NDArray[np.int64] | None:
-        """Lengths of the clips in ``conversion.json``, in samples at 16 kHz, (N,); ``None`` if the samples are images.
+        """Lengths of the clips in ``conversion.json``, in samples at 16 kHz, (N,) int64; ``None`` for images.
 
         Raises:
             InputError: ``conversion.json`` cannot be read, or does not have N lengths.
@@ -263,7 +267,7 @@ def choose_alignment_samples(index: Index, seed: int, max_samples: int, batch_si
     The samples come from at most :data:`ALIGNMENT_SHARDS` shards.
 
     Returns:
-        Indices of the samples, (number of batches, samples per batch); ``batch_size`` is the largest batch.
+        Indices of the samples, (number of batches, samples per batch) int64, with at most ``batch_size`` per batch.
     """
     rng, ends = np.random.default_rng(seed), np.cumsum([shard.samples for shard in index.shards])
     shards, chosen = np.split(np.arange(ends[-1]), ends[:-1]), min(ALIGNMENT_SHARDS, len(ends))

@@ -263,14 +263,14 @@ class Files:
 
 
 def sort_folders(paths: Sequence[str], *splits: str) -> dict[str, dict[int, str]]:
-    """Group samples by split. The folders of splits lie in the deepest folder that holds all samples.
+    """Group samples by split: a folder in the deepest folder that holds all samples and is not in a split itself.
 
     Args:
         paths: The samples' paths.
-        splits: Names of splits.
+        splits: Names of splits, in lowercase.
 
     Returns:
-        Split, '' for samples outside of splits → index of a sample → its path in the split's folder.
+        Split → index of a sample → path in the split's folder; the key '' is for the samples outside of splits.
     """
     common = takewhile(lambda folder: folder.lower() not in splits, os.path.commonprefix([*paths]).split("/")[:-1])  # noqa: RUF071
     start = sum(len(folder) + 1 for folder in common)
@@ -302,8 +302,8 @@ def open_source(
         modality: Modality of the samples.
         split: See :meth:`Files.open_split`; ignored for MDS data sets.
         labels: Labels of samples in folders. ``none``: no labels. ``None``: class folders or, without class folders,
-            ImageNet's LOC_SPLIT_solution.csv if the source contains the file. Otherwise, a CSV file with a sample's
-            path in the first column, with or without its suffix, and the sample's class in the second.
+            ImageNet's LOC_SPLIT_solution.csv if the source contains the file. Any other value: a CSV file with a
+            sample's path, with or without its suffix, in the first column, and the sample's class in the second.
         column: The column that holds the samples; in tars, the suffix of their files. Default: in MDS, the modality's
             name; otherwise, the only column that can hold samples.
         label_column: The column that holds the labels, if any; in tars, ``json:KEY`` or a suffix such as ``cls``.
@@ -343,13 +343,13 @@ def find_files(
 ) -> Files | None:
     """List the files of a source, all of one kind: samples in a local folder, or files that hold many samples.
 
-    Parquet files that all have the names of tars are left out, because img2dataset writes such tables.
+    If every Parquet file has the name of a tar, apart from the suffix, the Parquet files are left out.
 
     Args:
         source: See :func:`~d2v_composer.sources.listing.list_files`.
         modality: Modality of the samples.
         column, label_column: See :func:`open_source`.
-        split: Name of a split. If the split has a folder, the files in this folder decide the kind.
+        split: Name of a split; default: all samples. If the split has a folder, its files decide the kind.
         kind: Suffix of a container, or '' for samples in a folder; default: the kind that the source holds.
 
     Returns:
@@ -393,7 +393,7 @@ def find_files(
 
 
 def split_words(path: str, splits: Iterable[str]) -> set[str]:
-    """Return the splits that are words of a file's name or, if none is, of the names of its folders."""
+    """Return the splits that are words of a file's name or, if no split is, words of its folders' names."""
     folders, _, name = path.lower().rpartition("/")
     in_name, in_folders = (
         {split for split in splits if re.search(rf"(?<![a-z]){re.escape(split.lower())}(?![a-z])", text)}

@@ -100,7 +100,6 @@ def _load_row(snapshot: FileSnapshot, column: str, starts: list[int], row: int) 
 
 @lru_cache(maxsize=1)
 def _row_group(snapshot: FileSnapshot, column: str, group: int) -> Any:
-    """Read the samples of a row group, and cache the last row group."""
     import pyarrow.parquet
 
     def read(file: BinaryIO) -> Any:

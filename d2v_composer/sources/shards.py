@@ -119,7 +119,7 @@ class Shards:
         if self.limit and self._room < 4 * self._largest:
             raise InputError(
                 f"cache_limit must be at least {4 * self._largest + self.limit - self._room} bytes, the size of the "
-                f"index and four of the largest shards; got {self.limit}"
+                f"index and four times the largest shard; got {self.limit}"
             )
         self._verified: set[int] = set()
         self._ahead: deque[int] = deque()
@@ -131,7 +131,7 @@ class Shards:
         """Return column → value for a sample; see :meth:`Shard.read <d2v_composer.sources.mds.Shard.read>`.
 
         Raises:
-            IndexError: There is no such sample.
+            IndexError: ``sample_id`` is too large.
             ShardError: The sample's shard cannot be fetched, or is corrupt.
         """
         shard_id = bisect_right(self._ends, sample_id)

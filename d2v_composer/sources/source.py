@@ -26,7 +26,7 @@ from d2v_composer.system.errors import InputError, RunError, reading
 from d2v_composer.system.fetch import File
 from d2v_composer.system.processes import ALL, Part, die_with_parent
 
-AHEAD = 64  # results of threads that wait in memory
+AHEAD = 64  # at most this many results of threads wait in memory
 Int64Array = NDArray[np.int64]
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -59,12 +59,12 @@ class Source:
         label: Function that returns the label of a sample, given its number; ``None`` without labels.
         class_names: Name of each label; empty if the names are unknown.
         sizes: Approximate size of each stored sample, in bytes, (N,) int64.
-        fingerprints: A number for each sample that changes if the listed file changes, (N,) int64.
-        content: Text that identifies the content of the whole source; the same for all parts.
+        fingerprints: A whole number for each sample, (N,) int64; a conversion resumes only if these numbers are equal.
+        content: Text that differs between sources; the same for all parts of a source.
         left_out: Kind of files that are left out → their number.
         keeps_files: True if a conversion writes the stored samples without encoding them.
         in_folders: True if a conversion shuffles the samples.
-        part: The part of these samples that a command processes; ``ALL`` if they already are a part.
+        part: The part of these samples that a command processes; ``ALL`` for all of them.
     """
 
     root: str
@@ -145,22 +145,22 @@ class Columns(NamedTuple):
 
 
 class SampleListing(NamedTuple):
-    """Samples of one file or folder, with the fields of :class:`Source`."""
+    """Samples of one file or folder; fields without a docstring are described in :class:`Source`."""
 
     ids: PackedStrings
     sizes: Int64Array
     fingerprints: Int64Array
     load: Callable[[int], bytes]
     labels: Sequence[Json]
-    """Labels as stored, or paths of the samples, in which folders are labels; may be empty."""
+    """Labels as stored, or paths of the samples; may be empty."""
     class_names: Sequence[str] = ()
     left_out: Mapping[str, int] = {}
     content: str = ""
-    """Hash of the files whose paths are in a column; '' if no column holds paths."""
+    """Hash of the samples' files, if a column holds their paths; otherwise ''."""
 
 
 def open_mds(index: Index, cache_limit: int | None = None) -> Source:
-    """Open the samples of an MDS data set, with labels if the index has a column of labels."""
+    """Open the samples of an MDS data set, with labels if ``index.labels`` is not ``None``."""
     shards = Shards(index, cache_limit=cache_limit)
     content = hash_of(index.sha256, index.column)
 
@@ -266,7 +266,7 @@ def map_in_workers(
         cause = (str(error).strip() or type(error).__name__).splitlines()[-1]
         if isinstance(error, RuntimeError) and not cause.startswith("DataLoader worker (pid"):
             raise
-        advice = "if the machine's memory ran out, use fewer workers; then run the same command again"
+        advice = "run the command again, with fewer workers if the machine's memory ran out"
         raise RunError(f"reading failed ({cause}); {advice}") from error
 
 
@@ -278,7 +278,7 @@ def map_in_threads(function: Callable[[ItemT], ResultT], items: Sequence[ItemT])
 
 
 def fingerprints_of(count: int, *contents: object) -> Int64Array:
-    """Return :attr:`Source.fingerprints` for ``count`` samples, which depend on ``contents``."""
+    """Return :attr:`Source.fingerprints` of ``count`` samples, computed from ``contents``."""
     return fingerprint_of(*contents) + np.arange(count)
 
 

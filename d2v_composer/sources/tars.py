@@ -28,7 +28,7 @@ def list_samples(snapshot: FileSnapshot, file: BinaryIO, columns: Columns) -> Sa
 
     Raises:
         InputError: A sample is ambiguous, or has no label.
-        ValueError, tarfile.TarError: See :func:`read_tar`.
+        ValueError, tarfile.TarError: The tar or a label cannot be read.
     """
     name, modality = snapshot.name, columns.modality
     left_out, keys, offsets, sizes = Counter[str](), list[str](), array("q"), array("q")
@@ -51,7 +51,7 @@ def list_samples(snapshot: FileSnapshot, file: BinaryIO, columns: Columns) -> Sa
             raise InputError(f"{name}: key {key} has two members of the same name")
         if labeled:
             if labeled not in fields:
-                raise InputError(f"{name}/{key} has no label .{labeled}; it has {', '.join(fields)}")
+                raise InputError(f"{name}/{key} has no label .{labeled}; its suffixes: {', '.join(fields)}")
             label = read_bytes(file, *fields[labeled]).decode().strip()
             label = json.loads(label).get(key_of_label) if key_of_label else label
             labels.append(int(label) if re.fullmatch(r"-?\d+", str(label)) else label)
@@ -70,14 +70,14 @@ def list_samples(snapshot: FileSnapshot, file: BinaryIO, columns: Columns) -> Sa
 
 
 def read_tar(file: BinaryIO) -> Iterator[tuple[str | None, list[tuple[str, int, int]]]]:
-    """Yield the samples of a tar: adjacent members whose names are equal up to the first dot.
+    """Yield the samples of a tar: adjacent members whose paths are equal up to the first dot of the file's name.
 
     Yields:
         The key, and the suffix, offset and size in bytes of each member. Members that belong to no sample have the key
         ``None`` and, in place of the suffix, a description.
 
     Raises:
-        ValueError: The tar is damaged, cut, or joined to another, or has a sparse member.
+        ValueError: The tar is damaged, cut, or joined to another file, or has a sparse member.
         tarfile.TarError: The tar is damaged.
     """
     key, members = None, list[tuple[str, int, int]]()
@@ -85,7 +85,7 @@ def read_tar(file: BinaryIO) -> Iterator[tuple[str | None, list[tuple[str, int, 
         while (member := tar.next()) is not None:
             cast("Any", tar).members.clear()  # tarfile would keep every member in memory
             if member.issparse():
-                raise ValueError(f"its member {member.name} is sparse; pack it without tar's option -S")
+                raise ValueError(f"its member {member.name} is sparse; pack the files without tar's option -S")
             if member.isdir():
                 continue
             path = path_of(member.name)
@@ -100,13 +100,13 @@ def read_tar(file: BinaryIO) -> Iterator[tuple[str | None, list[tuple[str, int, 
         # tarfile takes a damaged header for the end, and misses a cut between two members.
         rest = read_bytes(file, tar.offset, MOST_ZEROS + 1)
     if rest.strip(b"\0") or not LEAST_ZEROS <= len(rest) <= MOST_ZEROS:
-        raise ValueError(f"no member and no end at byte {tar.offset}: the tar is damaged, cut, or joined to another")
+        raise ValueError(f"no member and no end at byte {tar.offset}: the tar is damaged, cut or joined to another")
     if members:
         yield key, members
 
 
 def read_bytes(file: BinaryIO, offset: int, size: int) -> bytes:
-    """Return ``size`` bytes of a file from ``offset`` on."""
+    """Return at most ``size`` bytes of a file, from ``offset`` on."""
     file.seek(offset)
     return file.read(size)
 

@@ -14,12 +14,12 @@ def list_samples(snapshot: FileSnapshot, file: BinaryIO, columns: Columns) -> Sa
 
     Raises:
         InputError: A sample cannot be read, or two samples have the same path.
-        ValueError, zipfile.BadZipFile: The zip is damaged, or joined to another zip.
+        ValueError, zipfile.BadZipFile: The zip is damaged, or joined to another file.
     """
     with ZipFile(file) as archive:
         members = archive.infolist()
     if members and (before := min(member.header_offset for member in members)):
-        raise ValueError(f"{before} bytes precede its first member: it is damaged, or joined to another")
+        raise ValueError(f"{before} bytes precede its first member: the zip is damaged, or joined to another file")
     return list_archive(snapshot, columns, map(_describe, members), _read)
 
 

@@ -80,9 +80,9 @@ class File(NamedTuple):
     path: str
     """Path relative to the folder or address that was listed."""
     size: int = 0
-    """Size in bytes; 0 if the store does not report it."""
+    """Size in bytes; 0 if unknown."""
     version: str = ""
-    """Time of the last change in ns; in S3, the ETag; on the hub, the commit; empty if the store reports none."""
+    """Time of a local file's last change, in ns; in S3, the ETag; on the hub, the commit; '' if unknown."""
     number: int = 0
     """Inode number of a local file; 0 if the file is remote, or its file system does not keep inode numbers."""
 
@@ -96,12 +96,12 @@ class File(NamedTuple):
 
 
 def cache_folder() -> Path:
-    """Return the folder of fetched files, in the folder of torch.hub."""
+    """Return the folder of this package in the folder of torch.hub."""
     return Path(torch.hub.get_dir()) / "d2v_composer"
 
 
 def is_remote(address: str | Path) -> bool:
-    """Return True if an address is on a web server or in an object store.
+    """Return True if an address has a scheme, such as ``https``, ``s3`` or ``hf``.
 
     Raises:
         InputError: The address is malformed.
@@ -119,9 +119,9 @@ def fetch(address: str | Path, version: str = "", *, again: bool = False) -> Pat
 
     Args:
         address: A local path; an address on a web server, or in an object store that mosaicml-streaming reads; or, on
-            the Hugging Face hub, hf://ORG/NAME[@REVISION][/FILE] for a file of a model, by default the student, or
-            hf://datasets/ORG/NAME[@REVISION]/FILE for a file of a data set.
-        version: The only version of a file outside the hub to fetch; default: the newest.
+            the Hugging Face hub, hf://ORG/NAME[@REVISION][/FILE] for a file of a model, by default
+            student.safetensors, or hf://datasets/ORG/NAME[@REVISION]/FILE for a file of a data set.
+        version: The only version to fetch; default: the newest. Ignored for files on the hub.
         again: Replace a damaged copy in the cache.
 
     Raises:
@@ -162,13 +162,13 @@ def _renew(address: str, path: Path, version: str, again: bool) -> None:
     version_file = path.with_name(f"{path.name}.version")
     cached_version = version_file.read_text() if version_file.exists() and path.exists() and not again else None
     if cached_version == "":
-        raise ValueError("its server does not say whether it has changed")
+        raise ValueError("its server does not say whether the file has changed")
 
     def attempt() -> None:
         with partial_file(path) as partial:
             fetched = transfer(address, partial, READ_SECONDS, cached_version)
             if version and version.strip(QUOTES) != fetched.strip(QUOTES):
-                raise ValueError("it has changed since it was listed; run the same command again")
+                raise ValueError("the file has changed since it was listed; run the same command again")
             version_file.unlink(missing_ok=True)  # a file of unknown version is fetched again
         write_atomically(version_file, fetched)
 
@@ -216,7 +216,7 @@ def fetch_from_hub(
 
 
 def find_missing_file(address: str) -> str | None:
-    """Return an error message if a local path is not that of a file; ``None`` for a remote address."""
+    """Return an error message if ``address`` is a local path without a file; otherwise ``None``."""
     if is_remote(address) or os.path.isfile(address):
         return None
     return "a folder, not a file" if os.path.isdir(address) else "no such file"
@@ -227,7 +227,7 @@ def download_existing(address: str, path: Path) -> bool:
 
     Args:
         address: Address of the file on a web server or in a store.
-        path: The local path to write; a file there is replaced only by a complete file.
+        path: The local path to write; an existing file is replaced only by a complete file.
 
     Returns:
         False if the file is missing.
@@ -320,7 +320,7 @@ def transfer(address: str, path: Path, timeout: float, known: str | None = None)
         known: A version that need not be fetched.
 
     Returns:
-        The file's version, such as its ETag; '' if the store does not report a version.
+        The file's version, such as its ETag; '' if unknown.
 
     Raises:
         UnchangedError: The file has the known version.
@@ -476,14 +476,14 @@ def retry(
 ) -> ResultT:
     """Call ``attempt`` until it succeeds, and return its result.
 
-    An error is raised immediately if :func:`is_local` is true for the error. All other errors are raised after
-    ``timeout``, or after ``lasting_attempts`` errors for which :func:`is_lasting` is true.
+    An error is raised immediately if :func:`is_local` is true for the error. Otherwise, the last error is raised
+    after ``timeout``, or after ``lasting_attempts`` errors for which :func:`is_lasting` is true.
 
     Args:
         attempt: The function to call, at least once.
         what: Address that the function uses, for the log.
         timeout: Seconds in which new attempts start; a running attempt is not interrupted.
-        lasting_attempts: Number of attempts after which an error that a retry is unlikely to mend is raised.
+        lasting_attempts: Number of errors after which an error that a retry is unlikely to mend is raised.
         denial_passes: Do not count HTTP errors as lasting.
     """
     start = time.monotonic()

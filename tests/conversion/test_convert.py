@@ -239,7 +239,7 @@ def test_what_the_machine_cannot_read_is_not_skipped(source: Path, tmp_path: Pat
 
 def test_a_killed_worker_ends_the_conversion(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Images, "encode", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(RunError, match=r"DataLoader worker .*; then run the same command again"):
+    with pytest.raises(RunError, match=r"DataLoader worker .*; run the command again, with fewer workers"):
         main([str(source), str(tmp_path / "out"), *SMALL_SHARDS])
 
 

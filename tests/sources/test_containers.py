@@ -168,7 +168,7 @@ TWO_COLUMNS = {"image": [IMAGE], "depth": [IMAGE], "caption": ["a"]}
         ("parquet", {"image": pa.array([], pa.binary())}, "", "no images; files searched: 1"),
         ("tar", ["a.jpg", "a.png"], "", "x.tar/a has jpg and png; choose one with --column"),
         ("tar", ["a.jpg", "b.jpg", "a.jpg"], "", "x.tar: two samples have the key a, and other samples lie between"),
-        ("tar", ["a.jpg", "a.txt"], "--label-column cls", "x.tar/a has no label .cls; it has jpg, txt"),
+        ("tar", ["a.jpg", "a.txt"], "--label-column cls", "x.tar/a has no label .cls; its suffixes: jpg, txt"),
         (
             "tar",
             ["a.jpg", "a.json"],

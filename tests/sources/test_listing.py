@@ -101,7 +101,7 @@ def test_a_copy_is_the_version_that_was_listed(
     assert [images_of(source) for source in sources] == [IMAGES, IMAGES[3:]]
     assert len({source.content for source in (*sources, open_source(folder, Images()))}) == 3
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "another"))
-    with pytest.raises(InputError, match=r"tars/1\.tar cannot be fetched \(it has changed since it was listed"):
+    with pytest.raises(InputError, match=r"tars/1\.tar cannot be fetched \(the file has changed since it was listed"):
         fetch(f"{folder}/1.tar", listed.version)
 
 

@@ -165,7 +165,7 @@ def test_a_file_without_a_version_is_named(
     path = fetch(address)
     assert path.read_bytes() == FILE
     [said] = caplog.messages
-    assert "its server does not say whether it has changed" in said
+    assert "its server does not say whether the file has changed" in said
     assert f"delete {path}" in said
     path.unlink()
     assert fetch(address).read_bytes() == FILE[::-1]
