@@ -43,8 +43,8 @@ ABOUT = """# Commands
 `python tests/reference.py` writes this page from each command's `--help`.
 
 `d2v NAME` runs wherever the package is installed, also as `python -m d2v_composer.commands NAME`; `recipes/` needs a
-clone. A command ends by naming the next one. Exit status: 0; 2 with a line per bad input; 1 with a line for a failure
-while running; 130 after Ctrl-C, 143 after SIGTERM.
+clone. Most commands end by naming the next command. Exit status: 0; 2 with a line per bad input; 1 with a line for a
+failure while running; 130 after Ctrl-C, 143 after SIGTERM.
 """
 
 
