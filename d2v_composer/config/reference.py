@@ -36,8 +36,8 @@ class ModelReference(TimmSizes):
     """A trained model, and which of its embeddings to use."""
 
     model: PathText
-    """timm/NAME, or the path or address (https://, s3://, …) of a data2vec 2.0 teacher, a training checkpoint or an
-    exported student."""
+    """timm/NAME, or the path or address (https://, s3://, …) of a data2vec 2.0 or EAT teacher, a training
+    checkpoint or an exported student."""
     checkpoint: AddressText | None = None
     """Path or address of a timm model's weights, a .safetensors or PyTorch file; null: timm's pretrained weights, from
     the Hugging Face hub."""

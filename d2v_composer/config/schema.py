@@ -88,7 +88,7 @@ class TeacherSection(TimmSizes, Section):
     """The frozen teacher."""
 
     model: Annotated[Text, IS_TEACHER] = DATA2VEC2
-    """``data2vec2``, for a data2vec 2.0 or EAT model; ``timm/NAME``, with a NAME that ``timm.create_model`` accepts; or
+    """``data2vec2``, for a data2vec 2.0 or EAT model; ``timm/NAME``, for a ViT that ``timm.create_model`` can build; or
     ``ext/NAME``, for a teacher from an installed package or from your Python program."""
     checkpoint: FoundAddress | None
     """Path or address of the weights. For data2vec2, a .pt file of fairseq or a .safetensors file of ``d2v
@@ -99,7 +99,7 @@ class TeacherSection(TimmSizes, Section):
 
 
 class StudentOptions(BlockSizes, Section):
-    """The student: the arguments of ``Teacher.build_student``."""
+    """The student, as arguments of ``Teacher.build_student``."""
 
     model: Annotated[Text, must("be timm/NAME", lambda name: name.startswith(TIMM_PREFIX))] | None = None
     """null: the student is new blocks on the teacher's encoder. timm/NAME: the student is this timm model, and the
@@ -158,7 +158,7 @@ class ShardLoaderConfig(LoaderConfig):
     shuffle: Annotated[bool, FIXED] = True
     """Shuffle the samples in every epoch, with Streaming's py1e algorithm."""
     shuffle_block_size: Annotated[Count, FIXED] = 1 << 16
-    """Number of samples that are shuffled with each other."""
+    """Approximate number of samples that are shuffled with each other."""
     num_canonical_nodes: Annotated[Count, FIXED] = 1
     """Number of equal parts into which the order of the samples is cut. On several nodes, set a multiple of the number
     of nodes."""
@@ -222,8 +222,8 @@ class OptimizerConfig(Section):
     eps: Positive = 1e-6
     """Small number that is added to the denominator of each update."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """Weight decay. Each step multiplies the weights by 1 - learning rate · weight_decay; with ``decoupled_adamw``, by
-    1 - weight_decay · learning rate / ``lr``."""
+    """Weight decay. Each step multiplies the weights by 1 - learning rate · weight_decay; for ``decoupled_adamw``, the
+    learning rate in this factor is divided by the learning rate at the end of the warm-up."""
     decay_norms_and_biases: bool = False
     """Also decay the weights of norms, and biases."""
 
@@ -258,7 +258,8 @@ class LabeledSetConfig(Section):
     root: AddressText
     """Path or address of the data set. CIFAR: the folder with torchvision's files. speech_commands: the unpacked
     speech_commands_v0.02.tar.gz. Other data sets: a folder with MDS shards or class folders in ROOT/train and
-    ROOT/test, or a SOURCE of ``d2v embed`` whose file or folder names contain train and test (or validation)."""
+    ROOT/test, or a SOURCE of ``d2v embed``, whose paths name the splits train and test, or train and validation, unless
+    the samples have no labels."""
     download: bool = False
     """Download CIFAR's files to ``root`` if ``root`` lacks them."""
     column: Annotated[Text | None, FIXED] = None
@@ -296,7 +297,7 @@ class LookupConfig(Section):
     """Values of k for the top-k accuracy: the fraction of queries with a sample of their class among the k nearest."""
     probes: Annotated[list[Literal[PROBE_NAMES]], Field(description=PROBES_ABOUT)] = []  # pyright: ignore[reportInvalidTypeForm]
     baselines: list[Literal[BASELINES]] = ["teacher"]  # pyright: ignore[reportInvalidTypeForm]
-    """Models to compare the student with: ``pixels`` (of images) and ``log_mel`` (of audio), computed without a model;
+    """What to compare the student with: ``pixels`` (of images) and ``log_mel`` (of audio), which need no model;
     ``encoder``, the frozen encoder that the student shares with its teacher; and ``teacher``."""
     embeddings: Literal["all"] | None = None
     """``all``: also measure the raw embeddings. null: measure only the embedding that tables show."""
@@ -344,7 +345,7 @@ class TrainerConfig(RunConfig):
     """``fp32``, ``amp_bf16``, ``amp_fp16`` (only on a GPU), or ``auto``. ``auto`` is amp_bf16 on a GPU with bfloat16
     and on a CPU with AVX512-BF16, amp_fp16 on another GPU, and fp32 on another CPU."""
     allow_tf32: Annotated[bool, NEW_TARGETS] = True
-    """Let a GPU multiply float32 matrices in TF32, which is faster and less precise."""
+    """Let a GPU compute float32 matrix products and convolutions in TF32, which is faster and less precise."""
     max_duration: Annotated[Duration, NEW_RESULT] = "30000ba"
     """Length of the run, in batches or epochs."""
     global_train_batch_size: Annotated[Count, FIXED] = 256
@@ -410,7 +411,7 @@ class TrainConfig(TrainerConfig):
     """true: use torch.compile and, on a GPU, CUDA graphs where possible. ``default`` or
     ``max-autotune-no-cudagraphs``: use this mode of torch.compile, without CUDA graphs."""
     activation_checkpointing: bool = False
-    """Recompute the student's blocks in the backward pass instead of keeping their activations."""
+    """Recompute the student's activations in the backward pass instead of keeping the activations in memory."""
     teacher: TeacherSection
     student: Annotated[StudentOptions, FIXED] = StudentOptions()
     objectives: Annotated[ObjectivesConfig, FIXED] = ObjectivesConfig()  # pyright: ignore[reportInvalidTypeForm]
@@ -418,8 +419,8 @@ class TrainConfig(TrainerConfig):
     alignment: Annotated[AlignmentConfig, NEW_RESULT] = AlignmentConfig()
     retrieval: Annotated[RetrievalConfig, NEW_RESULT] = RetrievalConfig()
     save_best: bool = False
-    """Also keep the checkpoint with the highest ``metrics/mean/top1``, the mean top-1 accuracy over data sets and
-    banks, as ``best-rank0.pt``."""
+    """Also keep, as ``best-rank0.pt``, the checkpoint with the highest ``metrics/mean/top1``, the mean top-1
+    retrieval accuracy over data sets and banks."""
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
@@ -434,7 +435,7 @@ class LayerwiseOptimizerConfig(OptimizerConfig):
     """The optimizer, with a learning rate that depends on the depth of a layer."""
 
     layer_decay: Annotated[float, Field(ge=0.01, le=1)] = 1.0
-    """Ratio of a block's learning rate to that of the block after it. The head's learning rate is ``lr``."""
+    """Ratio of a block's learning rate to the next block's learning rate. The head's learning rate is ``lr``."""
 
 
 class LabelSmoothingConfig(Section):
@@ -504,8 +505,8 @@ class EvaluateConfig(RunConfig, LookupConfig, ModelReference):
     """Fields of ``d2v evaluate``."""
 
     baselines: list[Literal[BASELINES]] = ["pixels", "log_mel", "teacher"]  # pyright: ignore[reportInvalidTypeForm]
-    """Models to compare the student with: ``pixels`` (of images) and ``log_mel`` (of audio), computed without a model;
-    ``encoder``, the frozen encoder that the student shares with its teacher; and ``teacher``, if it is known."""
+    """What to compare the student with: ``pixels`` (of images) and ``log_mel`` (of audio), which need no model;
+    ``encoder``, the frozen encoder that the student shares with its teacher; and ``teacher``, if known."""
     out: Annotated[LocalFolder, AfterValidator(place_to_write)] | None = None
     """Folder for the results: evaluation.json, .csv, .html and, with rivals, .png; null: write no files."""
     rivals: Annotated[tuple[PathText, ...], Field(strict=False)] = ()
