@@ -1,4 +1,4 @@
-"""``import d2v_composer.timm_models`` registers the student with timm."""
+"""Importing this module registers ``d2v2_student`` with timm."""
 
 from typing import Any
 
@@ -13,7 +13,8 @@ __all__ = ["d2v2_student"]
 def d2v2_student(pretrained: bool = False, **kwargs: Any) -> TimmWrapper:
     """Build a student as a timm model, for ``timm.create_model("d2v2_student", checkpoint_path=FILE)``.
 
-    FILE is a student's .safetensors file from ``d2v export``. A student that is itself a timm model has timm's name.
+    FILE is a student's .safetensors file from ``d2v export``. A student that is a timm model is created by its timm
+    name instead.
 
     Args:
         pretrained: Load the file that ``pretrained_cfg_overlay`` names.

@@ -61,7 +61,7 @@ def check_neighbors(theirs: Tensor, ours: Tensor) -> None:
     """Check that two searches find nearly the same neighbors, (Q, k).
 
     Raises:
-        RuntimeError: More than ``TIES`` of the neighbors differ.
+        RuntimeError: More than the share ``TIES`` of the neighbors differs.
     """
     if (theirs != ours).double().mean() > TIES:
         raise RuntimeError(f"{FAISS!r} and {OURS!r} find different neighbors")

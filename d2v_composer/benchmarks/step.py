@@ -1,8 +1,8 @@
 """Measure a training step of this package, eager and compiled, and a naive program's step.
 
 A step is a forward pass, a backward pass, gradient clipping and AdamW, on a batch in memory. The program ``trainer``
-takes the step in Composer's Trainer, with the settings of distill.yaml. The speed of the matrix product is the number
-of images per second that a step would reach at the FLOP/s of this product.
+takes the step in Composer's Trainer. The speed of the matrix product is the number of images or clips per second that
+a step would reach at the FLOP/s of this product.
 """
 
 import copy
@@ -201,7 +201,7 @@ def build_model(size: str) -> DistillationModel:
 
 
 def naive_loss(teacher: Any, student: Any, images: Tensor) -> Tensor:
-    """Compute the loss of a batch, a scalar, without a shared encoder, fused attention or other optimizations."""
+    """Compute the loss of a batch, a scalar, without a shared encoder or fused attention."""
     with patch.object(attention, "attend", attend):
         with torch.no_grad():
             _, layers = teacher.forward_blocks(teacher.encode(images))

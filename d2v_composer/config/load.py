@@ -132,7 +132,7 @@ def deep_merge(below: Record, above: Record) -> Record:
 
 
 def defaults(schema: type[BaseModel]) -> Record:
-    """Return the default of every field that has one, as nested dicts of plain values."""
+    """Return the default values of fields, as nested dicts of plain values."""
     required = {
         name: find_section(field.annotation) for name, field in schema.model_fields.items() if field.is_required()
     }

@@ -1,4 +1,4 @@
-"""Reference to a model: the fields of YAMLs and commands that name the model, and the function that loads it."""
+"""Fields of YAMLs and commands that name a model, and the function that loads the model."""
 
 import os
 from pathlib import Path
@@ -21,7 +21,7 @@ ImageSizeText = Annotated[int | str, PlainValidator(read_image_size)]
 
 
 class TimmSizes(BaseModel):
-    """Size of a model's shared encoder and of its images."""
+    """Size of a model's shared encoder, and size of the model's images."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 

@@ -1,4 +1,4 @@
-"""Marks of a YAML's fields, which say what a resume does if the field's value has changed."""
+"""Marks of a YAML's fields, which say what a resume does if a field's value has changed."""
 
 from collections.abc import Iterator
 from enum import Enum, auto
@@ -7,7 +7,7 @@ from pydantic import BaseModel
 
 
 class OnResume(Enum):
-    """Effect on a resume of a field whose value differs from the checkpoint's."""
+    """Effect on a resume of a field whose value differs from the value in the checkpoint."""
 
     FIXED = auto()
     """The resume is refused."""

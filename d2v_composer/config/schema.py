@@ -119,7 +119,7 @@ class Objectives(Section):
 
     def contradictions(self) -> Iterator[str]:
         if not any(term.weight for _, term in self):
-            yield ".tokens.weight: must be positive unless another objective's weight is, got 0"
+            yield ".tokens.weight: must be positive unless another objective has a positive weight, got 0"
 
 
 SECTIONS: Any = {name: (objective.Options, objective.Options()) for name, objective in OBJECTIVES.items()}
@@ -304,7 +304,7 @@ class LookupConfig(Section):
     datasets: dict[str, LabeledSetConfig | None] = {}
     """Name → data set to measure on. null turns off a data set that the YAML has."""
     max_images: Count | None = None
-    """Maximum number of samples from each split, taken at even intervals; null: all."""
+    """Maximum number of samples from each split, taken at even intervals; null: all samples."""
 
 
 class RetrievalConfig(LookupConfig):
@@ -374,7 +374,7 @@ class TrainerConfig(RunConfig):
     autoresume: bool = True
     """Resume from the newest checkpoint in ``save_folder``. false: refuse a ``save_folder`` that has checkpoints."""
     load_path: Annotated[Annotated[PathText, checked(check_file)] | None, NEW_TARGETS] = None
-    """Checkpoint to resume from if ``save_folder`` has none."""
+    """Checkpoint to resume from if ``save_folder`` has no checkpoint."""
     load_weights_only: bool = False
     """Take only the weights from ``load_path``, and start a new run from them."""
 

@@ -67,7 +67,7 @@ def must(rule: str, holds: Callable[[Any], object]) -> AfterValidator:
 
 
 def duration(pattern: str, example: str) -> AfterValidator:
-    """Return a validator of Composer time strings that match a regular expression, such as ``example``."""
+    """Return a validator of Composer time strings that must match a regular expression; the error shows ``example``."""
     return must(f"be a duration such as {example}", re.compile(pattern).fullmatch)
 
 

@@ -46,7 +46,7 @@ def open_clip(encoded: bytes, longest: int) -> soundfile.SoundFile:
     if not low <= file.samplerate <= high:
         raise UnreadableSampleError(f"its sample rate is {file.samplerate} Hz; expected {low} to {high} Hz")
     if file.frames == UNKNOWN:
-        raise UnreadableSampleError("its header states no length; encode it to a file, not to a pipe")
+        raise UnreadableSampleError("its header states no length; encode the clip to a file, not to a pipe")
     if file.frames > longest * file.samplerate:
         raise UnreadableSampleError(f"it is {file.frames / file.samplerate:,.2f} s long; the limit is {longest} s")
     if file.format == "OGG":  # libsndfile ends without an error where the file does
@@ -58,7 +58,7 @@ def open_clip(encoded: bytes, longest: int) -> soundfile.SoundFile:
 
 
 def read_blocks(file: soundfile.SoundFile, count: int) -> Iterator[NDArray[np.float32]]:
-    """Decode the next ``count`` samples of a file to mono, and yield blocks of at most ``BLOCK`` samples.
+    """Decode the next ``count`` samples of a file to mono; yield blocks of at most ``BLOCK`` samples, (L,) float32.
 
     Raises:
         UnreadableSampleError: The file is truncated.
@@ -66,7 +66,7 @@ def read_blocks(file: soundfile.SoundFile, count: int) -> Iterator[NDArray[np.fl
     while count:
         block = file.read(min(count, BLOCK), dtype="float32", always_2d=True).mean(axis=1)
         if not len(block):
-            raise UnreadableSampleError(f"truncated: the last {count:,} samples are missing")
+            raise UnreadableSampleError(f"truncated: at least {count:,} samples are missing")
         count -= len(block)
         yield block
 
@@ -111,7 +111,8 @@ class RandomCrop(NamedTuple):
 
     longest: int
     max_share: float = 1.0
-    """Largest share of a decoded clip that a crop takes; not used for a clip that is given as a file."""
+    """Largest share of a decoded clip that a crop takes, but at least 720 samples; not used for a clip that is given as
+    a file."""
 
     @property
     def sample_bytes(self) -> int:

@@ -102,7 +102,7 @@ class Box(NamedTuple):
 
 
 class CuttableJpeg(NamedTuple):
-    """A JPEG file, of which :meth:`crop` decodes no rows below the crop."""
+    """A JPEG file that :meth:`crop` need not decode completely."""
 
     # Accepted are sequential files with three colors of 8 bits in a single scan. Their rows are stored in order, so a
     # decoder stops early if the header claims fewer rows.
@@ -193,7 +193,7 @@ def random_crop_box(
 
     Args:
         scale: The smallest and largest share of the image's area.
-        ratio: The smallest and largest width over height; its logarithm is drawn uniformly.
+        ratio: The smallest and largest ratio of width to height. The logarithm of the ratio is drawn uniformly.
 
     Returns:
         The first of ten draws that fits into the image, or the largest box in the center whose ratio is allowed.
@@ -283,7 +283,7 @@ class Images(Modality):
     def encode(  # pyright: ignore[reportIncompatibleMethodOverride]: each modality has options of its own
         cls, stored: bytes | Image.Image, source: str, resize: int | None = None, quality: int = 90
     ) -> tuple[bytes, None]:
-        """Keep an upright RGB JPEG unless it must be resized; encode all other images as JPEGs without metadata.
+        """Keep an upright RGB JPEG file unless the image must be resized; otherwise, write a JPEG without metadata.
 
         An image whose shorter side has more than ``resize`` pixels is resized, so that this side has ``resize`` pixels.
 

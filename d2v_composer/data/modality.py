@@ -24,7 +24,7 @@ MAX_BYTES = 1 << 30  # limit of a file, because files are read whole
 
 
 class Transform(Protocol):
-    """An augmentation of a sample, given as stored or as :meth:`Modality.decode` returns it."""
+    """An augmentation of a sample as the source stores it, or as :meth:`Modality.decode` returns it."""
 
     @property
     def sample_bytes(self) -> int:
@@ -50,7 +50,7 @@ class Modality(ABC):
         needs: Suffix → the package that Pillow needs to decode files with this suffix.
         encodings: The MDS encodings of a column that can hold samples.
         options: Fields of ``train_loader`` that are arguments of :meth:`augmentation`.
-        batch_size: Default of the number of samples that are embedded at once.
+        batch_size: Default number of samples that are embedded at once.
         has_lengths: True if samples may differ in length.
     """
 
@@ -89,7 +89,7 @@ class Modality(ABC):
     @classmethod
     @abstractmethod
     def encode(cls, stored: Stored, source: str, **options: Json) -> tuple[bytes, int | None]:
-        """Return a sample as the bytes of a file, and the sample's length or, for images, ``None``.
+        """Return a sample as the bytes of a file, and a clip's length in samples at 16 kHz; for images, ``None``.
 
         Raises:
             UnreadableSampleError: The sample cannot be decoded.
@@ -170,12 +170,12 @@ class Samples(Protocol):
 
 
 def collate(samples: Sequence[Tensor], sizes: Sequence[int] = ()) -> tuple[Tensor, ...]:
-    """Stack samples; if lengths differ, pad with zeros at the end, and also return the lengths, (B,) int64.
+    """Stack samples, padded with zeros at the end to one length; if any is padded, also return all lengths, (B,) int64.
 
     Args:
         samples: Samples whose shapes differ at most in the last dimension.
         sizes: Lengths to which samples may be padded, ascending; if all are too small, samples are padded to the
-            longest sample.
+            length of the longest sample.
     """
     lengths = torch.tensor([sample.shape[-1] for sample in samples])
     longest = int(lengths.max())

@@ -2,8 +2,8 @@
 
     python check_program.py onnxruntime student.onnx
 
-The script needs numpy and the runtime. It prints the measured numbers as JSON, and exits with status 1 if a limit in
-kit.json is missed. To measure another runtime, add the runtime to RUNTIMES.
+The script needs numpy and the runtime. It prints the measured numbers as JSON, and exits with status 1 if a number
+misses a limit. To measure another runtime, add the runtime to RUNTIMES.
 """
 
 import json

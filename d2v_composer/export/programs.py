@@ -47,7 +47,7 @@ class Program(nn.Module):
     Args:
         student: The student, which is copied.
         embedding: Name of the embedding that the program computes.
-        takes_pixels: Take images as (B, height, width, 3) uint8, without normalization.
+        takes_pixels: Take images as pixels, (B, height, width, 3) uint8, which the program normalizes.
     """
 
     def __init__(self, student: Backbone, embedding: str, takes_pixels: bool = False) -> None:
@@ -103,7 +103,7 @@ def metadata_of(student: Backbone, embedding: str, takes_pixels: bool) -> dict[s
 
 
 def read_metadata(path: Path, student: Backbone) -> tuple[str, bool, bool]:
-    """Return the name of the embedding that an exported file computes, and whether it is int8 and takes uint8 pixels.
+    """Return the name of an exported file's embedding, whether the file is int8, and whether it takes uint8 pixels.
 
     Raises:
         InputError: The file cannot be read, or was not exported from this student.
@@ -126,7 +126,9 @@ def read_metadata(path: Path, student: Backbone) -> tuple[str, bool, bool]:
     takes_pixels = PIXELS in stored["preprocessing"]
     expected = metadata_of(student, embedding, takes_pixels)["preprocessing"]
     if stored["preprocessing"] != expected:
-        raise InputError(f"{path}: its preprocessing is {stored['preprocessing']}, but the student's is {expected}")
+        raise InputError(
+            f"{path}: its preprocessing is {stored['preprocessing']}, but the student's preprocessing is {expected}"
+        )
     return embedding, is_int8, takes_pixels
 
 
@@ -166,7 +168,7 @@ def write_archive(program: Program, path: Path, metadata: dict[str, str]) -> Non
 
 
 def trace(program: Program) -> torch.export.ExportedProgram:
-    """Trace a program for any number of inputs, and for waveforms of any length."""
+    """Trace a program for all input sizes that the encoder's ``free_axes`` allow."""
     free_axes = program.student.encoder.free_axes
     free = {axis: torch.export.Dim(name, min=low, max=high) for axis, (name, low, high) in free_axes.items()}
     inputs = program.example(2)  # torch.export treats a batch size of one as constant

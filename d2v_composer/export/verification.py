@@ -55,7 +55,8 @@ def verify(
 ) -> None:
     """Measure a student's exported file in each runtime, print a table, and write the numbers beside the file.
 
-    The other arguments are the options of ``d2v verify``. With ``kit``, only this folder is written.
+    The keyword arguments are the options of ``d2v verify``. With ``kit``, only this folder is written, and nothing is
+    measured.
 
     Raises:
         InputError: A file cannot be used, or a chosen runtime is not installed or takes other files.

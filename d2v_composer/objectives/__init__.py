@@ -1,4 +1,4 @@
-"""Objectives: the terms of the loss that a student minimizes."""
+"""The objectives, which are the terms of the training loss, and the function that builds them."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""Compile a distillation model with torch.compile."""
+"""Compile a distillation model with torch.compile, and check for what torch.compile needs."""
 
 import atexit
 import functools
@@ -36,8 +36,7 @@ def compile_model(model: "DistillationModel", choice: bool | str = True) -> None
 
     Args:
         model: The model.
-        choice: ``True``, or a mode of torch.compile. With ``True``, a GPU runs the teacher as a CUDA graph unless an
-            encoder has ALiBi.
+        choice: ``True``, or a mode of torch.compile. With ``True``, a GPU runs the teacher as a CUDA graph if possible.
     """
     mode = choice if isinstance(choice, str) else None
     compiling = importlib.import_module("torch._inductor.async_compile")

@@ -40,8 +40,8 @@ class DistillationModel(ComposerModel):
     The loss of the thesis chapter is the mean of (prediction - target)² over inputs, tokens and channels. Target and
     prediction are ``norm_mean(F) = LayerNorm(mean_l InstanceNorm(F_l))``, with F_l the FFN output of block l: the
     teacher's last ``average_top_k_layers`` blocks for the target, the student's blocks for the prediction. InstanceNorm
-    is over the tokens of an input, LayerNorm over the channels of a token; both have no weights, eps 1e-5, and compute
-    in float32.
+    is over the tokens of an input, LayerNorm over the channels of a token; the two norms have no weights, use
+    eps 1e-5, and compute in float32.
 
         Inputs ─ encoder ─┬─ teacher ─ Features ─ target ─────┐
                           │                                   ├─ loss · weight, summed over objectives
@@ -56,15 +56,15 @@ class DistillationModel(ComposerModel):
 
     A batch is a tensor of inputs, or a dict with the tensor as ``image`` or ``audio``. Images are (B, 3, height,
     width), uint8 or normalized float; audio is (B, L) float. If clips are padded, the dict also has ``lengths``, (B,)
-    int64. With ``keeps_targets``, the dict may have ``targets``, which are the ``kept_targets`` of an earlier step with
-    the same inputs; then the teacher does not run.
+    int64. With ``keeps_targets``, the dict may have ``targets``, (B, W) float16: the ``kept_targets`` of an earlier
+    step with the same inputs. Then the teacher does not run.
 
     Args:
         teacher: The frozen teacher.
         student: The student, which may share the teacher's encoder.
         objectives: Name of each objective → its section in a YAML; default: ``tokens`` alone.
         cpu_bf16: Compute in bfloat16 autocast on a CPU.
-        keeps_targets: Return ``kept_targets``, and round all targets to float16.
+        keeps_targets: Let ``forward`` return ``kept_targets``, and round all targets to float16.
 
     Attributes:
         flop: Operator → number of its operations in a step with one input; see
@@ -120,7 +120,7 @@ class DistillationModel(ComposerModel):
 
     @property
     def compares_microbatches(self) -> bool:
-        """True if the loss depends on which inputs are in a microbatch."""
+        """True if the loss depends on which inputs are in the same microbatch."""
         return any(objective.compares == "microbatch" for objective in self.objectives.values())
 
     def forward(self, batch: Batch) -> Outputs:
@@ -165,7 +165,7 @@ class DistillationModel(ComposerModel):
         return {name: objective.target(features) for name, objective in self.objectives.items()}
 
     def loss(self, outputs: Outputs, batch: Batch) -> Any:  # Composer takes a dict, too, but its type does not say so
-        """Return the weighted sum of the objectives' losses, a scalar; with several objectives, :meth:`losses`."""
+        """Return the loss, a scalar; for several objectives, return the result of :meth:`losses`."""
         losses = self.losses(outputs.regressions)
         return losses if len(outputs.regressions) > 1 else losses["total"]
 

@@ -1,4 +1,4 @@
-"""An objective: 1 minus the cosine similarity of the student's embedding to the teacher's.
+"""An objective: 1 minus the cosine similarity of the student's embedding to the teacher's embedding.
 
 Shapes: B inputs, P channels of the embedding.
 """
@@ -20,8 +20,8 @@ class EmbeddingRegression(Objective):
 
     class Options(Term):
         weight: Weight = 0.0
-        """Weight of the term, which is 1 minus the cosine similarity of the student's embedding to its teacher's; 0
-        leaves the term out."""
+        """Weight of the term, which is 1 minus the cosine similarity of the student's embedding to the teacher's
+        embedding; 0 leaves the term out."""
 
     def __init__(self, options: Options, teacher: Teacher, student: Backbone) -> None:
         super().__init__(options, teacher, student)

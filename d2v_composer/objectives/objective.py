@@ -36,7 +36,7 @@ class Regression(NamedTuple):
     cls_prediction: Tensor | None = None
     """Prediction of CLS, (B, D), if the loss compares it with the target's mean over the tokens; else ``None``."""
     padding_mask: Tensor | None = None
-    """(B, T) or (B, N) bool: true for tokens that the loss leaves out; ``None`` if no token is left out."""
+    """Mask of the predicted tokens, (B, T) or (B, N) bool, true for padding; ``None`` if no token is padding."""
 
 
 class Outputs(NamedTuple):

@@ -22,12 +22,13 @@ CLS_LOSS_WEIGHT = 0.01  # data2vec 2.0's `cls_loss` of the image models
 
 
 class LayerRegression(Objective):
-    """Regress the mean of the teacher's layers with the student's FFN outputs or output.
+    """Predict the target, the normalized mean of the teacher's layers, for each token.
 
-    The head maps the student's channels to the teacher's; for a timm student, the head is a :class:`GridHead`.
+    For a timm student, the head is a :class:`GridHead`. For other students, the head is a linear layer if the teacher
+    has another number of channels.
 
     Raises:
-        ValueError: An option does not fit the teacher.
+        ValueError: ``cls_weight`` is set, but CLS is not among the tokens that the student regresses.
     """
 
     class Options(TargetOptions, Term):
@@ -35,7 +36,7 @@ class LayerRegression(Objective):
         """Prediction of the target. ``layer_mean``: the normalized mean of the student's FFN outputs. ``last_block``:
         the output of the student's last block."""
         cls_weight: Annotated[float, Field(ge=0, le=1)] | None = None
-        """Share of CLS in the loss, from 0 to 1; null: the share of every other token."""
+        """Share of CLS in the loss, from 0 to 1; null: the same share as every other token."""
         weight: Weight = 1.0
         """Weight of the term in the loss; 0 leaves the term out."""
 
@@ -105,7 +106,7 @@ def regression_loss(regression: Regression, cls_weight: float | None = None) -> 
     Padding does not count, and each input has the same weight.
 
     Args:
-        cls_weight: The share of the first token, CLS, in the loss; default: the share of any other token.
+        cls_weight: The share of the first token, CLS, in the loss; default: the same share as every other token.
     """
     prediction, target, mask = regression.prediction.float(), regression.target, regression.padding_mask
     if cls_weight is None and mask is None:

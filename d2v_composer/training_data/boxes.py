@@ -19,8 +19,9 @@ from d2v_composer.training_data.sampler import EpochOrder, OrderedSamples, Sampl
 class BoxedSamples(OrderedSamples):
     """Images with boxes, resized to fit one size and padded with black at the right or the bottom.
 
-    A sample is a tuple of the image, (3, height, width) uint8; the boxes, (M, 4) float32, with left, top, right and
-    bottom in pixels; the classes, (M,) int64; and, for each box, whether it is a crowd, (M,) bool.
+    A sample is a tuple of the image, (3, height, width) uint8; the boxes, (M, 4) float32: left, top, right and
+    bottom, in pixels of the resized image; the classes, (M,) int64, from 1; and COCO's ``iscrowd`` of the boxes, (M,)
+    bool.
 
     Args:
         source: The images.
@@ -73,6 +74,9 @@ class BoxedSamples(OrderedSamples):
 
 
 def collate_boxes(samples: Sequence[Iterable[Any]]) -> tuple[Tensor, ...]:
-    """Return a batch of images, boxes, classes and crowds, with boxes of class 0 added to images with fewer boxes."""
+    """Return a batch: images, (B, 3, height, width); boxes, (B, M, 4); classes, (B, M); and ``iscrowd``, (B, M).
+
+    M is the largest number of boxes of an image. Images with fewer boxes get boxes of class 0.
+    """
     images, *rest = zip(*samples, strict=True)
     return torch.stack(images), *(pad_sequence(list(values), batch_first=True) for values in rest)

@@ -87,7 +87,8 @@ def build_train_loader(
         extra_bytes: Number of bytes that ``collate`` adds to each image.
 
     Raises:
-        InputError: The node has too little disk space or shared memory, or the cache limit is too small.
+        InputError: An option of another modality is set, the node has too little disk space or shared memory, or the
+            cache limit is too small.
     """
     batch_size, seed = config.global_train_batch_size, config.seed
     transform = build_augmentation(loader, index.modality, seed).transform

@@ -28,7 +28,7 @@ OPENING = 32
 
 
 class Sample(NamedTuple):
-    """A request for one sample, from the main process to a worker."""
+    """A request for one sample."""
 
     view: int
     """Index of the view: the epoch or, with K fixed views, the epoch modulo K."""
@@ -180,8 +180,8 @@ class OrderedSamples(Dataset[Any]):
 class StreamingSamples(OrderedSamples):
     """Augmented samples from a column of an MDS data set; ``DataLoader(dataset, sampler=dataset.order)`` reads epochs.
 
-    A sample is a dict with ``image``, (3, height, width) uint8, or ``audio``, (L,) float32; with ``sample_id``, its
-    index; and with ``view``. If the index has labels, a sample is a tuple of the image or audio, and the label. The
+    A sample is a dict with ``image``, (3, height, width) uint8, or ``audio``, (L,) float32; ``sample_id``, the
+    sample's index; and ``view``. If the index has labels, a sample is a tuple of the image or audio, and the label. The
     augmentation depends only on the seed, the view and the sample's index.
 
     Args:

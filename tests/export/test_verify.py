@@ -168,7 +168,7 @@ def test_another_preprocessing_is_found(student: Path, tmp_path: Path, suffix: s
     other.encoder.config = other.encoder.config.changed(image_mean=(0.5, 0.5, 0.5))
     save_student(other, program) if suffix == "safetensors" else changed(student.with_suffix(".onnx"), change, program)
     with pytest.raises(
-        InputError, match=rf"{program}: its preprocessing is .*0\.5\], .*, but the student's is .*0\.406"
+        InputError, match=rf"{program}: its preprocessing is .*0\.5\], .*, but the student's preprocessing is .*0\.406"
     ):
         verify.main([str(program), "--student", str(student)])
 
