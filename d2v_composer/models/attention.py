@@ -34,7 +34,7 @@ def alibi_slopes(num_heads: int) -> Tensor:
 
 
 def manhattan_distance(index_N: Tensor, columns: int) -> Tensor:
-    """Return the Manhattan distances, (N, N), between cells of a grid, whose indices count row by row."""
+    """Return the Manhattan distances, (N, N), between cells of a grid, given the cells' indices, row by row."""
     row_N, column_N = index_N // columns, index_N % columns
     return (row_N[:, None] - row_N).abs() + (column_N[:, None] - column_N).abs()
 
@@ -102,7 +102,7 @@ class Alibi(nn.Module):
 def attention_bias(
     alibi: Alibi | None, x_BTD: Tensor, padding_mask: Tensor | None = None, scale: Tensor | None = None
 ) -> Tensor | None:
-    """Return ALiBi's attention bias plus -inf for padded keys; ``None`` if neither applies.
+    """Return ALiBi's attention bias plus -inf for padded keys; ``None`` if ``alibi`` and ``padding_mask`` are ``None``.
 
     The bias broadcasts to (B, H, T, T).
 

@@ -49,7 +49,7 @@ def freeze_unused_parameters(model: nn.Module, result: Tensor) -> None:
 
 
 def hash_weights(model: "Backbone", left_out: tuple[str, ...] = ()) -> str:
-    """Return a hash of a model's sizes and weights, without tensors whose names begin with one of ``left_out``."""
+    """Return a hash of a model's sizes and weights, without tensors whose names begin with a prefix in ``left_out``."""
     tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(left_out)}
     return hash_tensors(tensors, (model.encoder.config, model.config))
 
@@ -131,7 +131,10 @@ class Backbone(nn.Module, ABC):
         return list(self.blocks)
 
     def checkpoint_activations(self, enable: bool = True) -> None:
-        """Recompute activations in the backward pass if ``enable``, else keep activations; the base does nothing."""
+        """Recompute activations in the backward pass if ``enable``, else keep activations in memory.
+
+        The base class does nothing.
+        """
 
     @property
     def num_extra_tokens(self) -> int:

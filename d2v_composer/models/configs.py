@@ -419,7 +419,7 @@ class TargetOptions(BaseModel):
     extra_tokens: ExtraTokens = "regress"
     """``regress``: the student regresses CLS and registers like patches; a timm student regresses no registers.
     ``drop``: InstanceNorm's statistics and the loss leave out CLS and registers; if the teacher has CLS, the prediction
-    of CLS regresses the target's mean over tokens, with weight 0.01."""
+    of CLS regresses the target's mean over patches, with weight 0.01."""
 
     def num_dropped(self, num_extra_tokens: int) -> int:
         """Return the number of leading tokens that the target leaves out."""
@@ -456,7 +456,7 @@ class StudentConfig(BlockSizes, Config):
 
 
 class TimmNetworkConfig(TimmConfig):
-    """Name, preprocessing and settings of the target of a student that is a timm model."""
+    """Name, preprocessing and target settings of a student that is a timm model."""
 
     kind: Literal["network"] = "network"
     normalization: Normalization = "layer"

@@ -238,7 +238,7 @@ class Data2Vec2Encoder(Encoder):
         return list(cast("nn.ModuleList", self.context_encoder["blocks"]))
 
     def add_extra_tokens(self, x_BND: Tensor) -> Tensor:
-        """Return the LayerNorm of the extra tokens, followed by ``x_BND``: (B, T, D)."""
+        """Prepend the extra tokens to ``x_BND``, then apply the LayerNorm: (B, T, D)."""
         if self.extra_tokens is not None:
             x_BND = torch.cat([self.extra_tokens.expand(x_BND.shape[0], -1, -1), x_BND], dim=1)
         return self.context_encoder["norm"](x_BND)

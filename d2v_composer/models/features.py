@@ -103,7 +103,7 @@ class Features:
         return replace(self, run=lambda _: layers)
 
     def poolings(self, x_BTD: Tensor, prefix: str = "") -> dict[str, Tensor]:
-        """Return ``prefix`` + pooling → pooled features, (B, channels) float32, averaged over a clip's windows."""
+        """Return ``prefix`` + pooling → pooled features, (B, channels) float32; a clip's windows are averaged."""
         x_BTD = x_BTD.float()
         cls_BP = x_BTD[:, 0] if self.pooled is None else self.pooled.float()
         pooled = {"cls": cls_BP} if self.has_cls_token else {}

@@ -39,7 +39,7 @@ class FrozenModel(Teacher):
     """A teacher made from any module that maps images to tokens.
 
     Args:
-        module: Maps images, (B, 3, height, width) float and normalized, to tokens, (B, N, D): CLS, with
+        module: Maps images, (B, 3, height, width) float and normalized, to tokens, (B, N, D): CLS if
             ``has_cls_token``, then the patches, row by row.
         source: Origin of the module's weights.
         license: License of the module's weights, if stated.
@@ -99,8 +99,8 @@ class FrozenModel(Teacher):
         shape, (rows, columns), dim = height_and_width(self.config.image_size), self.config.grid_size, self.embed_dim
         if shape[0] != shape[1] or rows != columns or shape[0] % rows:
             raise ValueError(
-                f"depth: blocks need a square grid of whole patches, got {rows} x {columns} for {shape} pixels; "
-                "choose a student that is a timm model, student.model=timm/NAME"
+                f"depth: blocks need a square grid of whole, square patches, got {rows} x {columns} for {shape} pixels"
+                "; choose a student that is a timm model, student.model=timm/NAME"
             )
         config = ImageEncoderConfig(
             embed_dim=dim,

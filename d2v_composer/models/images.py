@@ -104,7 +104,7 @@ class ImageEncoder(PixelEncoder, Data2Vec2Encoder):
 
 
 def resize(images: Tensor, shape: tuple[int, int], mode: str) -> Tensor:
-    """Resize uint8 images with antialiasing, (B, 3, *shape): uint8 on a CPU, else float32 with whole numbers."""
+    """Resize uint8 images with antialiasing, (B, channels, *shape): uint8 on a CPU, else float32 with whole numbers."""
     if images.device.type == "cpu":
         # The kernel is fastest on channels last, all that follows on contiguous images.
         return interpolate(images, shape, mode=mode, antialias=True).contiguous()

@@ -1,4 +1,4 @@
-"""Read the provenance of models: records of the origin of their weights."""
+"""Read the provenance of models: the records of where weights come from."""
 
 import math
 from collections.abc import Mapping

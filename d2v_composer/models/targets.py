@@ -23,12 +23,12 @@ NORM_EPS = 1e-5
 def instance_norm(
     layer_BTD: Tensor, num_extra_tokens: int = 0, padding_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Normalize each input's channels over its tokens, with biased variance and without an affine transform.
+    """Normalize each channel over the tokens of each input, with biased variance, without an affine transform.
 
     The first ``num_extra_tokens`` time steps, and padding, are normalized, but do not count in the statistics.
 
     Returns:
-        The normalized layer, (B, T, D), and the factors by which its channels were scaled, (B, 1, D); both float32.
+        The normalized layer, (B, T, D), and the factors by which the channels were scaled, (B, 1, D); both float32.
     """
     layer_BTD = layer_BTD.float()
     centred_BTD = layer_BTD - mean_over_time(layer_BTD, num_extra_tokens, padding_mask)
@@ -50,7 +50,7 @@ def norm_mean(
     Args:
         layers: The layers, (B, T, D) each, of any float dtype.
         num_extra_tokens: Number of leading time steps to exclude from InstanceNorm's statistics.
-        normalization: Normalization of each layer: ``instance``, InstanceNorm over tokens, or ``layer``, LayerNorm.
+        normalization: Normalization of each layer: ``instance``, over tokens, or ``layer``, over channels.
         final_layer_norm: Apply the LayerNorm after the average.
         padding_mask: (B, T), true for padding, which InstanceNorm's statistics exclude. Results for padding are
             meaningless.

@@ -25,7 +25,7 @@ class Teacher(Backbone, Freezable):
 
     Args:
         encoder: The encoder.
-        config: The sizes.
+        config: The teacher's sizes.
         provenance: Origin of the weights: ``source``, ``license`` and, optionally, ``embedding``, the name of the
             teacher's embedding.
     """
@@ -185,7 +185,8 @@ class Teacher(Backbone, Freezable):
                 copied.load_state_dict(source.state_dict())
                 copied.requires_grad_(not freeze_copied)
         except RuntimeError as error:  # the message's first line is a title
-            raise ValueError(f"init {init} needs the teacher's sizes: {str(error).splitlines()[1].strip()}") from error
+            fault = str(error).splitlines()[1].strip()
+            raise ValueError(f"init {init} needs a student of the teacher's sizes: {fault}") from error
 
     def build_network(self, model: str, pretrained: bool, options: Record) -> Backbone:
         """Build a student that is a timm model; see :meth:`build_student`."""

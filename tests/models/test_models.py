@@ -209,7 +209,7 @@ def test_widths_of_a_student(teacher: Data2Vec2) -> None:
         with pytest.raises(ValueError, match=f"embed_dim must be {rule}, got {width}"):
             teacher.build_student(embed_dim=width)  # pyright: ignore[reportArgumentType]
     for init in ("teacher_attention", "teacher_blocks"):
-        with pytest.raises(ValueError, match=f"^init {init} needs the teacher's sizes: size mismatch"):
+        with pytest.raises(ValueError, match=f"^init {init} needs a student of the teacher's sizes: size mismatch"):
             teacher.build_student(depth=1, embed_dim=24, init=init)
 
 
