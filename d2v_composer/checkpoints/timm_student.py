@@ -218,9 +218,9 @@ class TimmWrapper(nn.Module):
             self.student, self.sizes = student.train(self.training), sizes
             self.pretrained_cfg = self.default_cfg = pretrained_cfg(sizes)
             self.reset_classifier(self.num_classes)
-        if self.num_classes != len(last.get("alignment.bias", ())):
-            last = {name: tensor for name, tensor in last.items() if name.startswith("head.") and self.num_classes}
-        head = {name.partition(".")[2]: tensor for name, tensor in last.items()}
+        part = "alignment." if self.num_classes == len(last.get("alignment.bias", ())) else "head."
+        kept = [name for name in last if name.startswith(part) and self.num_classes]
+        head = {name.removeprefix(part): last[name] for name in kept}
         return self.head.load_state_dict(head, bool(head), assign)
 
 

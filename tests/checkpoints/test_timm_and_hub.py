@@ -148,7 +148,10 @@ def test_a_classifier_of_sound_takes_waveforms(tmp_path: Path) -> None:
     again = create("d2v2_student", checkpoint_path=str(tmp_path / "classifier.safetensors"), num_classes=3)
     waveforms = 0.1 * torch.randn(2, 8000)
     assert torch.equal(again(waveforms), model(waveforms))
-    assert torch.equal(model.forward_head(model.forward_features(waveforms), True), model.student.embed(waveforms))
+    embeddings = model.student.embed(waveforms)
+    assert torch.equal(model.forward_head(model.forward_features(waveforms), True), embeddings)
+    without_head = create("d2v2_student", checkpoint_path=str(tmp_path / "classifier.safetensors"), num_classes=0)
+    assert torch.equal(without_head(waveforms), embeddings)
 
 
 def test_timm_refuses_other_files(exported: Path, tmp_path: Path) -> None:
