@@ -36,7 +36,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str]) -> Any:
     """Run the command that the first word of ``argv`` names, and return the command's result."""
-    name, *rest = argv or [""]
+    name, *rest = argv or ["--help"]
     if name in COMMANDS:
         sys.argv = [f"d2v {name}", *rest]  # argparse takes the program's name from it
         return import_module(f"d2v_composer.commands.{name.replace('-', '_')}").main(rest)

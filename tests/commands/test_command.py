@@ -133,3 +133,11 @@ def test_a_slip_in_any_command_says_what_is_allowed(name: str) -> None:
         d2v([*name.split(), "--widht", "3"])
     with pytest.raises(InputError, match=r"^d2v embde: no such command; did you mean embed\?"):
         d2v(["embde"])
+
+
+@pytest.mark.parametrize("words", [[], ["-h"], ["--help"]])
+def test_without_a_command_each_is_listed(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        d2v(words)
+    listed = capsys.readouterr().out.splitlines()
+    assert [name for line in listed if line.startswith("  ") for name in line.split()[:1]] == [*COMMANDS]
