@@ -45,7 +45,7 @@ class OptimizerKind(NamedTuple):
     path: str
     """Class of the optimizer, as 'module:class'."""
     arguments: dict[str, bool]
-    """Arguments of the class that a YAML cannot set."""
+    """Name → value of further arguments with which the class is always called."""
 
     @property
     def log_key(self) -> str:

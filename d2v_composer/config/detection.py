@@ -40,15 +40,15 @@ class DetectConfig(LabeledRunConfig):
     """The backbone: timm/NAME, or the path or address (https://, s3://, …) of an exported student or a training
     checkpoint."""
     pretrained: bool = True
-    """Start a timm/NAME backbone from timm's pretrained weights, from the Hugging Face hub. false: start the backbone
-    from random weights."""
+    """Load timm's pretrained weights of a timm/NAME backbone from the Hugging Face hub. false: start the backbone from
+    random weights."""
     image_size: Annotated[ImageSizeText | None, FIXED] = None
     """Size to which images are resized and padded: pixels per side, or HEIGHTxWIDTH; null: the backbone's image
     size."""
     channels: Annotated[Count, FIXED] = 256
     """Number of channels of the feature pyramid and of the heads."""
     frozen_stages: Annotated[Whole, FIXED] = 0
-    """Number of parts of the backbone that are not trained, counted from the input: the stem or shared encoder is the
-    first part, and each stage or block is a further part."""
+    """Number of parts of the backbone to freeze, counted from the input. The parts of a timm model are the stem and
+    each stage or block; those of other models are the shared encoder, which is always frozen, and each block."""
     dataset: CocoSplits
     optimizer: Annotated[DetectorOptimizerConfig, FIXED] = DetectorOptimizerConfig()  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -126,7 +126,7 @@ def merge_settings(
 
 
 def deep_merge(below: Record, above: Record) -> Record:
-    """Merge nested dicts; for a key in both dicts, take the value of ``above``."""
+    """Merge two nested dicts, recursively; where both have a value, take the value of ``above``."""
     both = {key: value for key, value in above.items() if isinstance(value, dict) and isinstance(below.get(key), dict)}
     return {**below, **above, **{key: deep_merge(below[key], value) for key, value in both.items()}}
 

@@ -26,8 +26,8 @@ class TimmSizes(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     first_blocks: Annotated[Whole | None, FIXED] = None
-    """Number of the model's first blocks that are part of the shared encoder. null: for a timm model, a sixth of its
-    blocks; for a data2vec 2.0 model, the number in its file."""
+    """Number of the model's first blocks that are part of the shared encoder, which a student takes from its teacher.
+    null: for a timm model, a sixth of its blocks, rounded; for a data2vec 2.0 model, the number in its file."""
     image_size: Annotated[ImageSizeText | None, FIXED] = None
     """Size of a timm model's images: pixels per side, or HEIGHTxWIDTH; null: the model's own size."""
 
@@ -44,14 +44,14 @@ class ModelReference(TimmSizes):
     weights: Weights = "model"
     """Weights to take from a data2vec 2.0 teacher's file: ``model``, as trained, or ``ema``, their moving average."""
     teacher: PathText | None = None
-    """Path or address of the student's teacher; null: for a training checkpoint, the teacher of the training, and for
-    an exported student, no teacher."""
+    """Path or address of the student's teacher; null: for a distillation's checkpoint, the distillation's teacher;
+    for other students, no teacher."""
     pooling: Pooling | None = None
-    """Pooling of the raw embedding that is used instead of the model's embedding: ``cls``, ``mean`` of all tokens, or
+    """Pooling of the features that are used instead of the model's embedding: ``cls``, ``mean`` of all tokens, or
     ``mean_patches``."""
     representation: Representation | None = None
-    """Representation of the raw embedding that is used instead of the model's embedding: ``output`` of the last block,
-    or ``layer_mean``, the normalized mean of the FFN outputs."""
+    """Features that are pooled and used instead of the model's embedding: ``output`` of the last block, or
+    ``layer_mean``, the mean of the blocks' normalized FFN outputs."""
 
     def describe(self) -> Record:
         """Return the fields that are not ``None``, with local paths made absolute and secrets hidden."""

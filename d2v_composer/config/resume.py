@@ -7,7 +7,7 @@ from pydantic import BaseModel
 
 
 class OnResume(Enum):
-    """Effect on a resume of a field whose value differs from the value in the checkpoint."""
+    """What a resume does if a field's value differs from the value in the checkpoint."""
 
     FIXED = auto()
     """The resume is refused."""

@@ -57,7 +57,7 @@ from d2v_composer.system.processes import num_nodes, num_ranks
 
 BASELINES = tuple(title for title, row in ROWS.items() if not row.changes_in_training)
 PROBE_NAMES = tuple(metric.name for metric in PROBES)
-PROBES_ABOUT = "Further metrics of the test samples: " + "; ".join(
+PROBES_ABOUT = "Further metrics, computed on the test samples: " + "; ".join(
     f"``{metric.name}`` {metric.about}{'' if 'labels' in metric.needs else ' (needs no labels)'}" for metric in PROBES
 )
 
@@ -105,7 +105,7 @@ class StudentOptions(BlockSizes, Section):
     """null: the student is new blocks on the teacher's encoder. timm/NAME: the student is this timm model, and the
     section's other fields, except ``pretrained``, must keep their defaults."""
     pretrained: bool = False
-    """Start a timm/NAME student from timm's pretrained weights, from the Hugging Face hub."""
+    """Load timm's pretrained weights of a timm/NAME student from the Hugging Face hub, and start from them."""
 
     init: Init = "random"
     """Initial weights of the student's blocks. ``random``: random weights. ``teacher_attention``: random weights,
@@ -152,7 +152,7 @@ class ShardLoaderConfig(LoaderConfig):
     crop_seconds: Annotated[float, Field(ge=0.045, le=3600), FIXED] = 15.6
     """Largest length of an audio clip, in seconds; of a longer clip, a random span of this length is used."""
     remote: AddressText | None = None
-    """Address of the MDS data set in an object store (s3://, gs://, …); null: the data set is in ``local``."""
+    """Address of the MDS data set in an object store (s3://, gs://, …); null: the data set is in a local folder."""
     timeout: Annotated[float, Field(ge=1, le=1e6)] = 600.0
     """Seconds during which an unreachable store is retried before the run fails."""
     shuffle: Annotated[bool, FIXED] = True
@@ -225,7 +225,7 @@ class OptimizerConfig(Section):
     """Weight decay. Each step multiplies the weights by 1 - learning rate · weight_decay; for ``decoupled_adamw``, the
     learning rate in this factor is divided by the learning rate at the end of the warm-up."""
     decay_norms_and_biases: bool = False
-    """Also decay the weights of norms, and biases."""
+    """Also decay biases and the weights of norms."""
 
 
 class SchedulerConfig(Section):
@@ -258,16 +258,16 @@ class LabeledSetConfig(Section):
     root: AddressText
     """Path or address of the data set. CIFAR: the folder with torchvision's files. speech_commands: the unpacked
     speech_commands_v0.02.tar.gz. Other data sets: a folder with MDS shards or class folders in ROOT/train and
-    ROOT/test, or a SOURCE of ``d2v embed``, whose paths name the splits train and test, or train and validation, unless
-    the samples have no labels."""
+    ROOT/test, or a SOURCE of ``d2v embed`` with paths that contain the names of the splits, train and test or train and
+    validation. Without labels, a data set needs no splits."""
     download: bool = False
     """Download CIFAR's files to ``root`` if ``root`` lacks them."""
     column: Annotated[Text | None, FIXED] = None
     """Name of the column that holds the samples; null: ``image`` or ``audio`` in MDS, elsewhere the only column that
     can hold samples."""
     label_column: Annotated[Text | None, FIXED] = "label"
-    """Name of the column that holds the labels (in tars, ``cls`` or ``json:KEY``), unless folders are classes; null: do
-    not read labels, and measure only probes that need no labels."""
+    """Name of the column that holds the labels; in tars, ``cls`` or ``json:KEY``. If each class has its own folder, the
+    folders are the labels. null: do not read labels, and measure only probes that need no labels."""
     class_embeddings: PathText | None = None
     """Path of a .npy file for the probe ``zero_shot``: a text tower's embedding of each class, (classes, channels)
     float, in the data set's class order."""
@@ -278,7 +278,7 @@ class LabeledSetConfig(Section):
 
 
 class AlignmentConfig(Section):
-    """A linear map, fitted in closed form, from the student's raw embeddings to the teacher's embedding."""
+    """A linear map, fitted in closed form, from the student's pooled features to the teacher's embedding."""
 
     max_samples: Annotated[Whole, must(f"be 0, or at least {MIN_PAIRS}", lambda n: n == 0 or n >= MIN_PAIRS)] = 20000
     """Maximum number of training samples to which the alignment is fitted; 0: fit no alignment."""
@@ -287,7 +287,7 @@ class AlignmentConfig(Section):
     ``mean_patches``; null: the teacher's default."""
     representation: Annotated[Representation | None, FIXED] = None
     """Representation of the teacher's embedding that the student estimates: ``output`` of the last block, or
-    ``layer_mean``, the normalized mean of the FFN outputs; null: the teacher's default."""
+    ``layer_mean``, the mean of the blocks' normalized FFN outputs; null: the teacher's default."""
 
 
 class LookupConfig(Section):
@@ -300,7 +300,8 @@ class LookupConfig(Section):
     """What to compare the student with: ``pixels`` (of images) and ``log_mel`` (of audio), which need no model;
     ``encoder``, the frozen encoder that the student shares with its teacher; and ``teacher``."""
     embeddings: Literal["all"] | None = None
-    """``all``: also measure the raw embeddings. null: measure only the embedding that tables show."""
+    """``all``: also measure pooled features, such as ``output_mean``, the mean of the output's tokens. null: measure
+    only the embedding that tables show."""
     datasets: dict[str, LabeledSetConfig | None] = {}
     """Name → data set to measure on. null turns off a data set that the YAML has."""
     max_images: Count | None = None
@@ -311,11 +312,11 @@ class RetrievalConfig(LookupConfig):
     """Measurements of embeddings during training, by the callback ZeroShotRetrieval."""
 
     pooling: Pooling | None = None
-    """Pooling of the raw embedding that tables show instead of the student's embedding: ``cls``, ``mean`` of all
-    tokens, or ``mean_patches``."""
+    """Pooling of the features that tables show instead of the student's embedding: ``cls``, ``mean`` of all tokens, or
+    ``mean_patches``."""
     representation: Representation | None = None
-    """Representation of the raw embedding that tables show instead of the student's embedding: ``output`` of the last
-    block, or ``layer_mean``, the normalized mean of the FFN outputs."""
+    """Features that are pooled and shown in tables instead of the student's embedding: ``output`` of the last block, or
+    ``layer_mean``, the mean of the blocks' normalized FFN outputs."""
     interval: Duration = "5000ba"
     """Time between measurements, in batches or epochs. The last measurement is at the end of the run."""
     at_start: bool = False
@@ -331,7 +332,7 @@ class RunConfig(Section):
     """Seed of random weights, and of the order and the augmentation of samples."""
     precision: SupportedPrecision = "fp32"
     """``fp32``, ``amp_bf16``, ``amp_fp16`` (only on a GPU), or ``auto``. ``auto`` is amp_bf16 on a GPU with bfloat16
-    and on a CPU with AVX512-BF16, amp_fp16 on another GPU, and fp32 on another CPU."""
+    and on a CPU with AVX512-BF16, amp_fp16 on any other GPU, and fp32 on any other CPU."""
     device_eval_batch_size: Count = 256
     """Number of images or clips that each device processes at once in an evaluation."""
 
@@ -343,7 +344,7 @@ class TrainerConfig(RunConfig):
     """Name of the run in logs and in the default ``save_folder``."""
     precision: Annotated[SupportedPrecision, NEW_RESULT] = "amp_fp16"
     """``fp32``, ``amp_bf16``, ``amp_fp16`` (only on a GPU), or ``auto``. ``auto`` is amp_bf16 on a GPU with bfloat16
-    and on a CPU with AVX512-BF16, amp_fp16 on another GPU, and fp32 on another CPU."""
+    and on a CPU with AVX512-BF16, amp_fp16 on any other GPU, and fp32 on any other CPU."""
     allow_tf32: Annotated[bool, NEW_TARGETS] = True
     """Let a GPU compute float32 matrix products and convolutions in TF32, which is faster and less precise."""
     max_duration: Annotated[Duration, NEW_RESULT] = "30000ba"
@@ -419,8 +420,8 @@ class TrainConfig(TrainerConfig):
     alignment: Annotated[AlignmentConfig, NEW_RESULT] = AlignmentConfig()
     retrieval: Annotated[RetrievalConfig, NEW_RESULT] = RetrievalConfig()
     save_best: bool = False
-    """Also keep, as ``best-rank0.pt``, the checkpoint with the highest ``metrics/mean/top1``, the mean top-1
-    retrieval accuracy over data sets and banks."""
+    """Also keep, as ``best-rank0.pt``, the checkpoint with the highest ``metrics/mean/top1``: the top-1 retrieval
+    accuracy, averaged over the data sets and over the splits that are searched, train and test."""
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
@@ -484,7 +485,8 @@ class FinetuneConfig(LabeledRunConfig, ModelReference):
     """Fields of recipes/finetune.py."""
 
     train_encoder: Annotated[bool, FIXED] = False
-    """Train the encoder, too."""
+    """Also train the shared encoder (the input layers and the first blocks) or, for a timm student, the whole model.
+    false: train only the other blocks and the head."""
     dataset: LabeledSetConfig
     """The MDS data set, with training samples in ROOT/train and test samples in ROOT/test. With
     ``train_loader.remote``, ROOT/train is the cache of the training samples."""

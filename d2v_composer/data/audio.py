@@ -111,8 +111,8 @@ class RandomCrop(NamedTuple):
 
     longest: int
     max_share: float = 1.0
-    """Largest share of a decoded clip that a crop takes, but at least 720 samples; not used for a clip that is given as
-    a file."""
+    """Largest share of a decoded clip that a crop takes; a crop of 720 samples is always allowed. The share is not used
+    for a clip that is given as a file."""
 
     @property
     def sample_bytes(self) -> int:

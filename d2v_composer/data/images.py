@@ -67,7 +67,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Decode an image to upright RGB; 16-bit values become 8-bit.
 
     Raises:
-        ValueError: The values are not colors.
+        ValueError: The image has floating-point pixels, or pixel values below 0 or above 65,535.
     """
     image.load()  # Pillow turns a TIFF
     if (turn := turn_of(image.info.get("exif", b""))) is not None:
@@ -75,10 +75,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # Pillow would clip values above 255
         pixels = np.asarray(image)
         if pixels.min() < 0 or pixels.max() >= 1 << 16:
-            raise ValueError("it has values below 0 or above 65,535, which are not colors")
+            raise ValueError("it has pixel values below 0 or above 65,535")
         return Image.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise ValueError("it has floating-point values, which are not colors")
+        raise ValueError("it has floating-point pixels; only integer pixels are supported")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -267,7 +267,7 @@ class Images(Modality):
     @classmethod
     def of(cls, config: Any) -> "Images":
         if config.in_chans != 3:
-            raise InputError(f"the model takes images with {config.in_chans} channels, but files are read as RGB")
+            raise InputError(f"the model's number of input channels is {config.in_chans}, but files are read as RGB")
         return cls(config.image_size, config.interpolation)
 
     def decode(self, stored: bytes | Image.Image, source: str) -> Tensor:

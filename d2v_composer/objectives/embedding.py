@@ -16,7 +16,7 @@ LEAST_LENGTH = 1e-3
 
 
 class EmbeddingRegression(Objective):
-    """Train a student's embedding, through an alignment, to have the direction of the teacher's embedding."""
+    """Train a student's embedding, the output of a trained linear map, to have the direction of the teacher's."""
 
     class Options(Term):
         weight: Weight = 0.0
@@ -32,7 +32,7 @@ class EmbeddingRegression(Objective):
         return normalize(self.read_teacher(features))
 
     def regression(self, features: Features, target: Tensor) -> Regression:
-        """Return the prediction and the target, (B, P) each; all predictions have the same length."""
+        """Return the prediction and the target, (B, P) each; all predictions have the same Euclidean norm."""
         prediction = normalize(self.read_student(features))
         length = (prediction * target).sum(dim=1).mean().clamp(min=LEAST_LENGTH)
         return Regression(length.detach() * prediction, target)

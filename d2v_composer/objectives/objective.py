@@ -30,7 +30,7 @@ class Regression(NamedTuple):
     """A prediction and its target."""
 
     prediction: Tensor
-    """Prediction of tokens, (B, T, D) or, without the extra tokens, (B, N, D); or of an embedding, (B, D)."""
+    """Prediction of all tokens, (B, T, D), of patches or frames alone, (B, N, D), or of an embedding, (B, D)."""
     target: Tensor
     """Target, of the same shape as ``prediction``, without gradient."""
     cls_prediction: Tensor | None = None

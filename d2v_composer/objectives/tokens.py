@@ -22,7 +22,7 @@ CLS_LOSS_WEIGHT = 0.01  # data2vec 2.0's `cls_loss` of the image models
 
 
 class LayerRegression(Objective):
-    """Predict the target, the normalized mean of the teacher's layers, for each token.
+    """Predict the target, the mean of the teacher's normalized layers, for each token.
 
     For a timm student, the head is a :class:`GridHead`. For other students, the head is a linear layer if the teacher
     has another number of channels.
@@ -33,8 +33,8 @@ class LayerRegression(Objective):
 
     class Options(TargetOptions, Term):
         prediction: Prediction = "layer_mean"
-        """Prediction of the target. ``layer_mean``: the normalized mean of the student's FFN outputs. ``last_block``:
-        the output of the student's last block."""
+        """Prediction of the target. ``layer_mean``: the mean of the normalized FFN outputs of the student's blocks.
+        ``last_block``: the output of the student's last block."""
         cls_weight: Annotated[float, Field(ge=0, le=1)] | None = None
         """Share of CLS in the loss, from 0 to 1; null: the same share as every other token."""
         weight: Weight = 1.0

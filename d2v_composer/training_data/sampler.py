@@ -47,7 +47,7 @@ class EpochOrder(DistributedSampler[Sample]):
         shard_sizes: Number of samples in each shard, (S,).
         shuffle: Shuffle the samples, differently in each epoch.
         seed: The seed of the order.
-        shuffle_block_size: Number of samples that are mixed with each other.
+        shuffle_block_size: Approximate number of samples that are mixed with each other.
         num_canonical_nodes: Number of equal parts into which the order is cut.
         epoch_size: Number of samples in an epoch, divisible by ``num_canonical_nodes``; default: all samples.
         views: Number of fixed views of each sample, which the epochs use in turn; ``None``: new views in each epoch.

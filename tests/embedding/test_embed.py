@@ -135,7 +135,7 @@ def test_a_model_of_other_channels_is_one_line(photos: Path, tmp_path: Path) -> 
     encoder = ImageEncoder(ImageEncoderConfig(embed_dim=32, num_heads=2, prenet_depth=1, **sizes)).freeze()
     save_student(Student(encoder, StudentConfig(depth=1)), tmp_path / "five.safetensors")
     export.main([str(tmp_path / "five.safetensors"), str(tmp_path / "again" / "five.safetensors")])
-    with pytest.raises(InputError, match=r"^the model takes images with 5 channels, but files are read as RGB"):
+    with pytest.raises(InputError, match=r"^the model's number of input channels is 5, but files are read as RGB"):
         embed(tmp_path / "five.safetensors", photos, tmp_path / "photos.npy")
 
 
