@@ -9,9 +9,9 @@ usage: ray_embed.py MODEL SOURCE OUT [COLUMN]
 
 SOURCE is a folder of images or clips, of Parquet files or of WebDataset tars. COLUMN names the column of the samples in
 Parquet files or, with a dot, the suffix of the samples in tars. OUT is a new folder of Parquet files, with a row for
-each sample in any order. The columns embedding and error replace the samples. The name of a sample is in the column
-path or, for tars, in the column __key__; Parquet files keep all other columns. Every machine must reach MODEL, SOURCE
-and OUT. The cluster needs at least two cores.
+each sample, in any order. The columns embedding and error replace the column of the samples; all other columns stay.
+The name of a sample is in the column path if SOURCE has images or clips, and in the column __key__ if it has tars.
+Every machine must reach MODEL, SOURCE and OUT. The cluster needs at least two cores.
 """
 
 import sys
@@ -65,7 +65,7 @@ def main(model: str, source: str, out: str, column: str = "") -> None:
         num_gpus=0.25 if "GPU" in ray.cluster_resources() else 0,  # four share a GPU, and each decodes on a core
     ).drop_columns([column]).write_parquet(out, mode=ray.data.SaveMode.ERROR)
     unreadable = ray.data.read_parquet(out, columns=["error"]).filter(lambda row: row["error"] is not None)
-    print(f"wrote {out}; unreadable samples, with reasons in the column 'error': {unreadable.count()}")
+    print(f"wrote {out}, with {unreadable.count()} unreadable samples; the column 'error' has the reasons")
 
 
 if __name__ == "__main__":

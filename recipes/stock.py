@@ -31,7 +31,7 @@ parser.add_argument("--local", default="yamls/quickstart/cifar10/train", help="f
 parser.add_argument("--labeled", default="yamls/quickstart/cifar10", help="folder of labeled images")
 parser.add_argument("--save-folder", default="runs/stock", help="folder or address for checkpoints")
 parser.add_argument("--out", default="runs/stock_results", help="folder for TensorBoard and the student")
-parser.add_argument("--max-duration", default="600ba", help="batches (ba) of 32 images, or epochs (ep)")
+parser.add_argument("--max-duration", default="600ba", help="duration in batches (ba) of 32 images, or epochs (ep)")
 parser.add_argument("--interval", default="200ba", help="time between checkpoints, and between retrievals")
 
 

@@ -55,7 +55,11 @@ def measure_speeds(
     device: str,
     autocast_dtype: torch.dtype | None,
 ) -> dict[int, dict[str, float]]:
-    """Return batch size → name of a model with parameters → samples per second, the median over rounds."""
+    """Measure how fast each model embeds; a baseline without parameters is left out.
+
+    Returns:
+        Batch size → name of a model → its samples per second, the median over rounds.
+    """
 
     def apply(embed: Embed, batch: Tensor) -> object:
         return embed(batch[:])  # a new tensor: models share tokens of the same one

@@ -1,8 +1,8 @@
 """Measure a training step of this package, eager and compiled, and a naive program's step.
 
 A step is a forward pass, a backward pass, gradient clipping and AdamW, on a batch in memory. The program ``trainer``
-takes the step in Composer's Trainer. The speed of the matrix product is the number of images or clips per second that
-a step would reach at the FLOP/s of this product.
+is this package's step in Composer's Trainer. The row "matrix product alone" has the images or clips per second that a
+step would reach if all its operations were as fast as one large matrix product.
 """
 
 import copy
@@ -128,7 +128,7 @@ def build_run(
         name: Name of the program.
         images: The batch of every step.
         steps: Number of batches in an epoch of the Trainer.
-        at_end: Stack to which the closing of the Trainer is added.
+        at_end: Exit stack that closes the Trainer.
     """
     dtype = PRECISIONS[config.precision]
     if name == NAIVE:
@@ -176,7 +176,12 @@ def in_trainer(
 
 
 def profile_steps(run: Callable[[int], Tensor], trace: Path | None) -> Record:
-    """Profile a few steps, write the profile to ``trace`` if given, and return numbers from the profile by name."""
+    """Profile a few steps and, if ``trace`` is given, write the profile to this file.
+
+    Returns:
+        The names of the attention operations, the number and the milliseconds of a step's GPU kernels, and the peak
+        GPU memory in GB.
+    """
     with profile() as profiler:
         run(PROFILED_STEPS)
     events = profiler.key_averages()

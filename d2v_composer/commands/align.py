@@ -5,9 +5,11 @@
     d2v embed aligned.safetensors queries queries.npy
 
 OUT is the student with a linear map, fitted to samples of SOURCE; with --index, to samples whose ids are in the index.
-The command also fits a map without a tenth of these samples, and measures the map on this tenth: R² is the share of the
-variance of the target embeddings that the map explains, and recall the share of the target embeddings' nearest
-neighbors that the mapped embeddings find, too.
+With --to, the map leads to the other model's embedding or, with --pooling or --representation, to a raw embedding: a
+vector that is pooled from the other model's features.
+To measure the alignment, the command fits a second map to nine tenths of the samples, and tests this map on the other
+tenth. R² is the share of the target embeddings' variance that the map explains. Recall is the share of a target
+embedding's nearest neighbors that the mapped embedding finds, too.
 """
 
 from typing import Annotated

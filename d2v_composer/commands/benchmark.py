@@ -10,9 +10,9 @@ usage: d2v benchmark {step,data,retrieval} [options]
     d2v benchmark retrieval
 
 step: images or clips per second in training, compared with a naive program.
-data: images per second from a training loader, compared with torchvision's ImageFolder; with --remote, also from
-shards in a store.
+data: images per second from d2v-composer's training loader, compared with torchvision's ImageFolder.
 retrieval: queries per second of the neighbor search, compared with a bare matrix product, and with faiss on the CPU.
+With --remote, data also measures shards in a store, after a first epoch has cached them on this machine.
 step and retrieval use the GPU if there is one; CUDA_VISIBLE_DEVICES= hides the GPU.
 data and retrieval need `pip install -e '.[benchmark]'`.
 """
@@ -62,8 +62,8 @@ class Step(Benchmark):
     loop: Literal["bare", "trainer"] = "bare"
     """trainer: also measure d2v-composer in Composer's Trainer, on batches in memory."""
     trace: PlaceHere | None = None
-    """File to write a profile of three steps to, for chrome://tracing or Perfetto. A file with the suffix .txt has
-    the totals."""
+    """File to write a profile of three steps to, for chrome://tracing or Perfetto. A file with the same
+    name and the suffix .txt has the totals."""
     no_compile: bool = False
     """Do not use torch.compile."""
     overrides: Positional[tuple[str, ...]] = ()
@@ -78,7 +78,8 @@ class Data(Benchmark):
     workers: int = 0
     """Number of worker processes; 0: the main process reads, on one core."""
     remote: str | None = None
-    """Address of an empty folder in a store; the loader is also measured on shards in this folder."""
+    """Address of an empty folder in a store, to write shards to; the loader is also measured on these shards, after a
+    first epoch has cached them."""
 
 
 class Retrieval(Benchmark):

@@ -143,7 +143,7 @@ def _given(text: str) -> str:
 
 
 def choose_workers(asked: int | None, device: str) -> int:
-    """Return ``asked``, or the default number of decoding processes for ``None``: ``CORES`` on cuda, 0 on cpu."""
+    """Return the number of decoding processes: ``asked`` or, if it is ``None``, ``CORES`` on cuda and 0 on cpu."""
     return (CORES if device == "cuda" else 0) if asked is None else asked
 
 
@@ -159,12 +159,16 @@ PartText = Annotated[Part, BeforeValidator(lambda part: Part.parse(part) if isin
 Column = Annotated[str | None, Field(description=COLUMN)]
 Decoders = Annotated[
     Annotated[int, whole(0, 1024)] | None,
-    Field(description="Number of decoding processes, on Linux; 0: threads; default: one per core with a GPU, else 0."),
+    Field(
+        description="Number of processes that decode samples, on Linux only; 0: decode in the main process; default: "
+        "one process per core with a GPU, else 0."
+    ),
 ]
 Embedding = Annotated[
     Annotated[str, one_of(RAW_EMBEDDINGS)] | None,
     Field(
-        description=f"Raw embedding to use as the teacher's: {listed(RAW_EMBEDDINGS)}; default: the model's default."
+        description=f"The teacher's embedding, named by representation and pooling: {listed(RAW_EMBEDDINGS)}; default: "
+        "the model's default."
     ),
 ]
 PartOfWork = Annotated[

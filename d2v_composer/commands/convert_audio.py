@@ -7,8 +7,9 @@
 A 16 kHz mono FLAC, WAV or OGG file keeps its bytes; any other file becomes 16 kHz mono FLAC of 16 bits. Silent
 files, and files shorter than 45 ms or longer than an hour, count as unreadable.
 Run the same command again to resume an interrupted conversion.
-SPLIT is a folder in SOURCE, in a zip or in a tar, or a word in the path of a Parquet file, zip or tar. Labels come
-from class folders, from the CSV file of --labels, or from --label-column.
+SPLIT is the name of a folder, which may be inside a zip or a tar. For Parquet files, zips and tars, SPLIT may also be a
+word in the path of the file, such as train in train-00000.parquet. Labels come from class folders, from the CSV file of
+--labels, or from --label-column.
 """
 
 from typing import Any

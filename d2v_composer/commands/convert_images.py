@@ -11,9 +11,10 @@
 cifar10:FOLDER downloads CIFAR-10 to FOLDER, unless FOLDER has CIFAR-10 already.
 For an S3-compatible store, set S3_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
 Run the same command again to resume an interrupted conversion.
-SPLIT is a folder in SOURCE, such as train in Kaggle's ILSVRC/Data/CLS-LOC, in a zip or in a tar, or a word in the path
-of a Parquet file, zip or tar. Labels come from class folders, from Kaggle's LOC_SPLIT_solution.csv, from the CSV file
-of --labels, or from --label-column.
+SPLIT is the name of a folder, such as train in Kaggle's ILSVRC/Data/CLS-LOC; the folder may be inside a zip or a tar.
+For Parquet files, zips and tars, SPLIT may also be a word in the path of the file, such as train in
+train-00000.parquet. Labels come from class folders, from Kaggle's LOC_SPLIT_solution.csv, from the CSV file of
+--labels, or from --label-column.
 """
 
 from typing import Annotated, Any

@@ -1,4 +1,4 @@
-"""Convert a data2vec 2.0 or EAT checkpoint of fairseq to a safetensors file.
+"""Convert a fairseq checkpoint of data2vec 2.0 or EAT to a safetensors file.
 
     d2v convert-teacher base_imagenet.pt teacher.safetensors
     d2v convert-teacher https://dl.fbaipublicfiles.com/fairseq/data2vec2/base_imagenet.pt teacher.safetensors
@@ -23,7 +23,7 @@ class ConvertTeacher(Command):
     out: Positional[PlaceHere]
     """The file to write, NAME.safetensors."""
     weights: Weights = "model"
-    """Weights to keep: model, as trained, or ema, their moving average."""
+    """Weights to keep. model: the trained weights; ema: the moving average of the trained weights."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Type of the stored weights."""
     license: str | None = None

@@ -23,7 +23,8 @@ class Env(Command):
         about |= {f"torch {name}": value for name, value in build.items()}
         for i in range(torch.cuda.device_count()):
             gpu = torch.cuda.get_device_properties(i)
-            about[f"gpu {i}"] = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute {gpu.major}.{gpu.minor}"
+            size, capability = gpu.total_memory / 2**30, f"{gpu.major}.{gpu.minor}"
+            about[f"gpu {i}"] = f"{gpu.name}, {size:.0f} GiB, compute capability {capability}"
         for name, value in about.items():
             print(f"{name:<32}{value or 'none'}")
 

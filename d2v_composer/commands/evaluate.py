@@ -9,7 +9,7 @@ usage: d2v evaluate [FILE.yaml] model=PATH [key=value …]
     d2v evaluate yamls/evaluate.yaml model=student.safetensors 'rivals=[timm/resnet18.a1_in1k, narrow.safetensors]'
 
 The model is a teacher's file, a training checkpoint, an exported student, or timm/NAME. The tables show the accuracy of
-retrieval, and the metrics of ``probes='[knn, linear, agreement, instance, zero_shot]'``. ``rivals`` adds further
+retrieval. ``probes='[knn, linear, agreement, instance, zero_shot]'`` adds further metrics, and ``rivals`` further
 models. The results are written to the folder ``out``, if ``out`` is set. `d2v fields evaluation` lists all fields.
 """
 

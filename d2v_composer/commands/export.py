@@ -6,9 +6,9 @@
     d2v export student.safetensors student.onnx --int8 --calibrate photos
 
 The suffix of OUT selects the format: .safetensors for d2v and timm, .onnx for ONNX, .pt2 for torch.export.
-An .onnx or .pt2 file computes the student's embedding, or the raw embedding of --pooling and --representation. Without
---preprocessing in, the inputs are normalized images, (B, 3, height, width) float32, or 16 kHz clips of one length,
-(B, L) float32.
+An .onnx or .pt2 file computes the student's embedding or, with --pooling or --representation, a raw embedding: a vector
+that is pooled from the student's features. Without --preprocessing in, the inputs are normalized images, (B, 3, height,
+width) float32, or 16 kHz clips of one length, (B, L) float32.
 """
 
 import tempfile
@@ -46,7 +46,8 @@ class Export(Command):
     int8: bool = False
     """Only for images and .onnx: quantize the student to int8, and compare the embeddings with PyTorch's embeddings."""
     calibrate: str | None = None
-    """Images that calibrate --int8: a folder or other SOURCE of d2v embed; default: the run's retrieval images."""
+    """Images that calibrate --int8: a folder or other SOURCE of d2v embed; default: the retrieval images of the
+    run that trained the student."""
     verify: bool = False
     """Run d2v verify on OUT after the export."""
     overwrite: bool = False

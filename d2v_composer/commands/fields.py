@@ -33,9 +33,10 @@ main = Fields.main
 
 
 def find_tables() -> Iterator[tuple[str, str, str]]:
-    """Yield for each section: the kind of YAML, such as 'training'; the section's name, or ''; and a Markdown table.
+    """Yield the kind of YAML, such as 'training', a section's name, and a Markdown table of the section's fields.
 
-    Fields of other kinds of YAML that are the same as in training are only named.
+    The name is '' for the fields outside of sections. Fields of another kind of YAML that are the same as in training
+    are only named.
     """
     from d2v_composer.config.detection import DetectConfig
     from d2v_composer.config.load import find_section

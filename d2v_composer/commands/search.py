@@ -8,8 +8,8 @@
 
 The model that made INDEX embeds QUERY, unless --model names another model of the same embedding space. The search
 compares QUERY with every row of INDEX, by cosine. --duplicates subtracts the mean of all rows, then compares all pairs
-of rows; the two rows of a pair whose cosine is above --above are in the same group. --html also reads the samples of
-INDEX.
+of rows; the two rows of a pair whose cosine is above --above are in the same group. --html also reads the images or
+clips that were embedded.
 """
 
 import json
@@ -61,7 +61,8 @@ class Search(Command):
     html: PlaceHere | None = None
     """HTML file to write the results to, with images or, for clips, spectrograms and players."""
     source: str | None = None
-    """SOURCE of the samples of INDEX, for --html; default: the SOURCE that d2v embed read."""
+    """For --html: where the embedded images or clips are, as SOURCE of d2v embed; default: the SOURCE that d2v embed
+    read."""
     overwrite: bool = False
     """Replace the HTML file if it exists."""
 
@@ -134,7 +135,7 @@ def _open_samples(path: str, index: "VectorIndex", source: str | None) -> "tuple
     from d2v_composer.sources.open import open_source
 
     if (made_by := index.made_by) is None:
-        raise InputError(f"--html: {path} does not name the samples of its rows; run d2v embed again")
+        raise InputError(f"--html: {path} does not say from which samples it was made; run d2v embed again")
     modality = MODALITIES[made_by["modality"]].of_side(SHOWN_SIZE)
     hint = f"; set --source to the samples of {path}"
     try:

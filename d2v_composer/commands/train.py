@@ -5,8 +5,8 @@ usage: d2v train FILE.yaml [dotted.key=value …]
     d2v init quickstart > quickstart.yaml
     d2v train quickstart.yaml run_name=longer max_duration=10ep student.depth=2
 
-Training uses every GPU of this machine, or the CPU; in a clone, `composer -n N recipes/train.py …` uses N GPUs.
-`d2v fields training` lists every field. Run the same command again to resume a run that saves checkpoints.
+Training uses every GPU of this machine, or the CPU; `composer -n N recipes/train.py …`, in a clone of the repository,
+uses N GPUs. `d2v fields training` lists every field. Run the same command again to resume a run that saves checkpoints.
 """
 
 from collections.abc import Sequence

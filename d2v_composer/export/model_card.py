@@ -117,7 +117,9 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
 
 
 def choose_rows(queries: Record, student: Any) -> tuple[str, dict[str, str]]:
-    """Choose the rows of a run's results for a student's card, without the student's rows from other weights.
+    """Choose the rows of a run's results for a student's card.
+
+    Rows that the run measured with other weights or another alignment of the student are left out.
 
     Args:
         queries: Row → ``weights``, ``embedding`` and ``info`` of the model that embedded the row's queries.
@@ -151,7 +153,7 @@ def add_section(readme: Path, heading: str, text: str) -> None:
 
 
 def name_license(stated: str) -> str:
-    """Return the license in a note about a teacher's weights, as a name for the Hugging Face hub, or ``unknown``."""
+    """Return the Hugging Face hub's name for the license that a note states; ``unknown`` if the note states none."""
     # A note that says more than a license's name becomes a name of its own: the addition may be a restriction.
     name = re.sub("[^a-z0-9.]+", "-", stated.lower().removesuffix(", as this repository")).strip("-")
     return "unknown" if not name or name.startswith(NOT_STATED) else name

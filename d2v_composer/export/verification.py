@@ -114,7 +114,7 @@ def verify(
 
 
 def name_fastest(medians: Mapping[str, Mapping[str, float]]) -> str:
-    """Return a line that compares the fastest runtime at each batch size with the next and the slowest runtime."""
+    """Return a line that compares the fastest runtime at each batch size with the second fastest and the slowest."""
     comparisons = []
     for key in ("/s at 1", "/s at 16") if len(medians) > 1 else ():
         fastest, *slower = sorted(medians, key=lambda name: medians[name][key], reverse=True)
@@ -125,10 +125,16 @@ def name_fastest(medians: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def read_samples(student: Backbone, source: str | None, maximum: int, takes_pixels: bool = False) -> Tensor:
-    """Return at most ``maximum`` samples as a program takes them, from a folder or the run's retrieval data.
+    """Return at most ``maximum`` samples in the form that an exported file takes as input.
 
-    Audio clips are cut to the shortest, (N, L). Images are normalized, (N, 3, height, width); with
+    Audio clips are cut to the length of the shortest, (N, L). Images are normalized, (N, 3, height, width); with
     ``takes_pixels``, they are (N, height, width, 3) uint8.
+
+    Args:
+        student: The student that was exported.
+        source: SOURCE of ``d2v embed``; ``None``: the first retrieval data set of the run that trained the student.
+        maximum: Maximum number of samples.
+        takes_pixels: True if the exported file normalizes images itself.
 
     Raises:
         InputError: There are too few samples, or a sample cannot be read.
@@ -142,8 +148,8 @@ def read_samples(student: Backbone, source: str | None, maximum: int, takes_pixe
             samples = load().test.samples
     if len(samples) < MIN_SAMPLES:
         raise InputError(
-            f"expected at least {MIN_SAMPLES} {modality.unit}, got {len(samples)}; use --images FOLDER, or --calibrate "
-            "FOLDER with --int8"
+            f"expected at least {MIN_SAMPLES} {modality.unit}, got {len(samples)}; choose a larger source with "
+            "--images (d2v verify) or --calibrate (d2v export --int8)"
         )
     length = min(sample.shape[-1] for sample in samples)
     batch = torch.stack([sample[..., :length] for sample in samples])
@@ -157,7 +163,8 @@ def measure_runtimes(script: Path, files: Mapping[str, Path]) -> tuple[dict[str,
     """Run the script ``ROUNDS`` times for each runtime, each time in a new process.
 
     Returns:
-        Runtime → name → median over rounds; and runtime → message, for each runtime that failed or missed a limit.
+        Runtime → name of a measured number → its median over rounds; and runtime → message, for each runtime that
+        failed or missed a limit.
     """
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in files}
     medians, faults, path = {}, {}, os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

@@ -185,7 +185,7 @@ def test_an_index_of_unknown_origin_needs_a_model(indexes: Path, tmp_path: Path)
     with pytest.raises(InputError, match=r"rows of 192 channels, but the model's embeddings have 48"):
         found(index, query, "--model", GOLDEN / "tiny_base.pt")
     assert found(index, query, "--model", TEACHER, "--k", "1")[0].rows.tolist() == [1]
-    with pytest.raises(InputError, match="does not name the samples of its rows"):
+    with pytest.raises(InputError, match="does not say from which samples it was made"):
         found(index, "--duplicates", "--html", tmp_path / "page.html")
 
 

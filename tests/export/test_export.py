@@ -166,7 +166,7 @@ def test_int8_quantizes_every_linear_layer(
 
 
 def test_int8_needs_images(exported: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="expected at least 20 images, got 0; use --images FOLDER, or --calibrate "):
+    with pytest.raises(InputError, match="expected at least 20 images, got 0; choose a larger source with --images "):
         export(exported, tmp_path / "student.onnx", "--int8")
     for out, options in (("a.pt2", ["--int8"]), ("a.onnx", ["--calibrate", "photos"])):
         with pytest.raises(InputError, match=f"{out}: --int8 is only for .onnx, and --calibrate only for --int8"):
