@@ -78,7 +78,7 @@ def test_a_student_without_a_record_has_a_card(tmp_path: Path) -> None:
     front, text = card_of(small_student(), tmp_path)
     assert (front["license"], front["library_name"], "base_model" in front) == ("unknown", "d2v-composer", False)
     assert "hf upload ORG/NAME mine.safetensors student.safetensors" in text
-    assert "None are recorded" in text
+    assert "No results are recorded" in text
 
 
 def test_a_student_on_a_stem_of_its_own_has_nothing_of_its_teacher(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_a_card_has_no_results_of_other_weights_or_of_another_alignment(change: 
     else:
         assert student.alignment is not None
         student.align(student.alignment.weight + 1, student.alignment.bias, "output_cls")
-    assert "None are recorded" in card_of(student, tmp_path / "after")[1]
+    assert "No results are recorded" in card_of(student, tmp_path / "after")[1]
 
 
 RAW = ("retrieval.representation=output", "retrieval.pooling=cls")
