@@ -76,7 +76,8 @@ def load_any(
     """Load a model and its teacher; the arguments are the fields of :class:`ModelReference`.
 
     Returns:
-        The student and its teacher, which is ``None`` if the teacher is not known; for a teacher, the teacher twice.
+        The student, and its teacher or ``None`` if the teacher is not known; if the model is a teacher, this teacher
+        twice.
 
     Raises:
         InputError: A file cannot be loaded, or an argument does not apply to this kind of model.

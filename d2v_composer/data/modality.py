@@ -24,7 +24,7 @@ MAX_BYTES = 1 << 30  # limit of a file, because files are read whole
 
 
 class Transform(Protocol):
-    """An augmentation of a sample as the source stores it, or as :meth:`Modality.decode` returns it."""
+    """An augmentation, which takes a sample as its source stores it, or as :meth:`Modality.decode` returns it."""
 
     @property
     def sample_bytes(self) -> int:
@@ -89,7 +89,7 @@ class Modality(ABC):
     @classmethod
     @abstractmethod
     def encode(cls, stored: Stored, source: str, **options: Json) -> tuple[bytes, int | None]:
-        """Return a sample as the bytes of a file, and a clip's length in samples at 16 kHz; for images, ``None``.
+        """Return a sample as a file's bytes, and the length of a clip in samples at 16 kHz, or ``None`` for an image.
 
         Raises:
             UnreadableSampleError: The sample cannot be decoded.

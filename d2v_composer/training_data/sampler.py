@@ -119,8 +119,8 @@ class EpochOrder(DistributedSampler[Sample]):
         return epoch if self.views is None else epoch % self.views
 
     def _by_length(self, order: Int64Array, lengths: Int64Array, epoch: int) -> Int64Array:
-        """Sort each canonical node's samples, (nodes, samples), by length within windows."""
-        # A window has about shuffle_block_size samples of all nodes together. Its batches are shuffled.
+        """Sort each canonical node's samples, (nodes, samples), by length in windows, and shuffle their batches."""
+        # A window has about shuffle_block_size samples of all nodes together.
         node_batch, windows = self.global_batch_size // len(order), []
         size = max(1, self.shuffle_block_size // self.global_batch_size) * node_batch
         for begin in range(0, order.shape[1], size):
