@@ -1,4 +1,4 @@
-"""Fetch models' files, and download, read and order a run's checkpoints, ``epEPOCH-baBATCH-rank0.pt``."""
+"""Fetch model files; download, read and sort a run's checkpoints, which are named ``epEPOCH-baBATCH-rank0.pt``."""
 
 import datetime
 import logging
@@ -116,7 +116,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def read_newest(path: Path, read: Callable[[Path], ReadT]) -> ReadT:
-    """Return ``read`` of a file's resolved path; call ``read`` again if a run replaces the file meanwhile.
+    """Call ``read`` with the resolved path of a run's file, and return the result.
+
+    If ``read`` fails because the run has replaced the file meanwhile, try again.
 
     Raises:
         InputError, OSError: ``read`` raised this error in the last attempt.
@@ -146,7 +148,7 @@ def fetch_model(path: str | Path) -> Path:
 
 
 def newest_first(names: Iterable[str], pointed_at: str | None = None) -> list[str]:
-    """Return the names of checkpoints among file names, the newest first.
+    """Return those of ``names`` that are names of checkpoints, newest first.
 
     Args:
         names: Names of any files.
@@ -161,12 +163,12 @@ def newest_first(names: Iterable[str], pointed_at: str | None = None) -> list[st
 
 
 def _age(name: str) -> tuple[int, ...]:
-    """Return the batch, then the epoch, in a checkpoint's name."""
+    """Return the batch and the epoch in a checkpoint's name, by which checkpoints are sorted."""
     return tuple(int(number) for number in reversed(re.findall(r"\d+", name)[:2]))
 
 
 def stored_checkpoints(address: str) -> list[str]:
-    """Return the names of a run's checkpoints in a store, the newest first; [] if the store has no pointer file.
+    """Return the names of a run's checkpoints in a store, newest first; [] if the store has no pointer file.
 
     Checkpoints newer than the one that the pointer file names are left out.
 
@@ -191,7 +193,7 @@ def download_checkpoint(address: str, path: Path) -> None:
     """Download a checkpoint to ``path``, where it replaces an older file.
 
     Args:
-        address: Address of the checkpoint, or of ``latest-rank0.pt`` in a store for the newest checkpoint.
+        address: Address of the checkpoint. In a store, ``latest-rank0.pt`` stands for the newest checkpoint.
         path: Local path of the file to write.
 
     Raises:
@@ -205,7 +207,7 @@ def download_checkpoint(address: str, path: Path) -> None:
 
 
 def _read_pointer(address: str) -> str | None:
-    """Return the name of the checkpoint that a pointer file names; ``None`` if the file does not exist."""
+    """Return the name of the checkpoint that a pointer file names; ``None`` if there is no pointer file."""
     with TemporaryDirectory() as folder:
         pointer = Path(folder) / STORED_POINTER
         return Path(pointer.read_text().strip()).name if download(address, pointer) else None

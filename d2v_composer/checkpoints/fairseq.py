@@ -28,11 +28,10 @@ PREFIXES: dict[str, type[Any]] = {
     "modality_encoders.IMAGE.": ImageEncoderConfig,
     "modality_encoders.AUDIO.": AudioEncoderConfig,
 }
-LICENSE_NOTE = "not stated in the file; Meta released its data2vec 2.0 checkpoints under"
 LICENSES = {
-    ImageEncoderConfig: f"{LICENSE_NOTE} CC BY-NC 4.0",
-    AudioEncoderConfig: f"{LICENSE_NOTE} MIT for audio",
-    EatEncoderConfig: "not stated in the file; EAT's code is under MIT, and no license is stated for its weights",
+    ImageEncoderConfig: "not stated in the file; Meta released its data2vec 2.0 image checkpoints under CC BY-NC 4.0",
+    AudioEncoderConfig: "not stated in the file; Meta released its data2vec 2.0 audio checkpoints under MIT",
+    EatEncoderConfig: "not stated in the file; EAT's code is under the MIT license; none is stated for its weights",
 }
 # data2vec's default number of blocks, and of blocks in the target.
 DEPTH = TOP_K = 8
@@ -121,7 +120,7 @@ def _fields(section: Record) -> Record:
 
 
 def _read_config(kind: type[Any], model: Record, section: Record) -> TeacherConfig:
-    """Read a teacher's sizes from a fairseq config, with data2vec's defaults for missing fields.
+    """Convert a fairseq config to a teacher's config, with data2vec's defaults for missing fields.
 
     Args:
         kind: Class of the encoder's config.
@@ -169,8 +168,8 @@ def load_data2vec2(path: str | Path, weights: Weights) -> Data2Vec2:
             config = read_config(TeacherConfig, stored.config)
         if file_weights != weights:
             raise InputError(
-                f"{path} was converted with --weights {file_weights}, and has no {weights} weights; convert the "
-                f"original checkpoint with --weights {weights}"
+                f"{path} has {file_weights} weights, but no {weights} weights; convert the original checkpoint with "
+                f"d2v convert-teacher --weights {weights}"
             )
         teacher = build_loaded(path, lambda: Data2Vec2(config, stored.provenance), stored.tensors)
     with errors_of(str(path)):
@@ -194,7 +193,7 @@ def convert_teacher(
         weights: The weights to keep: ``model``, or ``ema`` for the exponential moving average.
         dtype: Dtype of the stored tensors.
         license: Text on the weights' license for the file's metadata; default: the text in ``LICENSES``.
-        embedding: Name of the raw embedding to use as the teacher's embedding, such as ``output_cls``; default: the
+        embedding: Name of the pooled features that are the teacher's embedding, such as ``output_cls``; default: the
             last block's output with the encoder's default pooling.
         spectrogram: For EAT: ``target_length`` in frames, by default the file's; ``log_mel_mean`` and ``log_mel_std``,
             by default AudioSet's.

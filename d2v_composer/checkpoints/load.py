@@ -51,14 +51,14 @@ def load_teacher(
     """Load a frozen teacher, in eval mode and float32.
 
     Args:
-        path: Path or address of the teacher's file. For ``data2vec2``: a fairseq checkpoint, .pt, or a file of
-            ``convert_teacher``. For ``timm/NAME``: a .safetensors or PyTorch file, or ``None`` for timm's pretrained
-            weights from the Hugging Face hub or the local cache. For ``ext/NAME``: what the package takes.
+        path: Path or address of the teacher's file. For ``data2vec2``: a fairseq checkpoint (.pt) or a file that
+            ``d2v convert-teacher`` wrote. For ``timm/NAME``: a .safetensors or PyTorch file, or ``None`` for timm's
+            pretrained weights from the Hugging Face hub or the local cache. For ``ext/NAME``: what the package takes.
         weights: ``model``; or, for ``data2vec2`` only, ``ema``: the exponential moving average of the weights.
         model: ``data2vec2``, which includes EAT; ``timm/NAME``, with a NAME that ``timm.create_model`` takes; or
             ``ext/NAME``, a teacher that an installed package offers.
-        first_blocks: Number of blocks in the shared encoder; default: for timm, a sixth of the model's blocks, rounded;
-            for ``data2vec2``, the blocks of the modality encoder.
+        first_blocks: Number of the teacher's first blocks that a student can share; default: for timm, a sixth of the
+            model's blocks, rounded; for ``data2vec2``, the number of blocks in the modality encoder.
         image_size: For timm: pixels per side, or height and width as (112, 168) or '112x168'; default: timm's size for
             the model.
 
@@ -67,7 +67,7 @@ def load_teacher(
 
     Example:
         >>> teacher = load_teacher("teacher.safetensors")
-        >>> x = teacher.encode(images)  # (B, T, D)
+        >>> x = teacher.encode(images)  # (B, 3, height, width) uint8 → (B, T, D)
         >>> targets = teacher.targets(x)  # (B, T, D)
     """
     if model != DATA2VEC2 and weights != "model":
@@ -99,7 +99,7 @@ def load_same_teacher(source: str, record: Record, **options: Json) -> Teacher:
     """Load a teacher, and check that the student with this record was distilled from the same teacher.
 
     Args:
-        source: ``path`` of :func:`load_teacher`; in place of ``None``, the option ``model``.
+        source: The argument ``path`` of :func:`load_teacher`, or ``options["model"]`` in place of ``None``.
         record: The record of the run that distilled the student.
         **options: Further arguments of :func:`load_teacher`.
 
@@ -115,7 +115,7 @@ def load_same_teacher(source: str, record: Record, **options: Json) -> Teacher:
 
 
 def load_external(path: str | Path | None, model: str) -> Teacher:
-    """Load the teacher ``ext/NAME`` from an installed package, which receives ``path``.
+    """Load the teacher ``ext/NAME`` by calling a function of an installed package with ``path``.
 
     Raises:
         InputError: No package offers this teacher, or several do; or the package fails, or returns no teacher.
@@ -124,7 +124,7 @@ def load_external(path: str | Path | None, model: str) -> Teacher:
         entry = find_entry_point(ENTRY_POINTS, model.removeprefix(PACKAGE_PREFIX))
     if entry is None:
         raise InputError(
-            f"model: no installed package offers {model} by an entry point of the group {ENTRY_POINTS}; install "
+            f"model: no installed package offers {model} as an entry point of the group {ENTRY_POINTS}; install "
             "such a package, or pass a teacher made in Python: train_student(config, teacher=…)"
         )
     with errors_of(f"model: {model} from {entry.value}"):
@@ -137,7 +137,7 @@ def load_external(path: str | Path | None, model: str) -> Teacher:
 def save_student(student: Backbone, out: Path, when_complete: Callable[[], object] = lambda: None) -> None:
     """Write a student's file, which :func:`load_student` and timm can load.
 
-    ``when_complete`` is called just before the file appears.
+    ``when_complete`` is called when the temporary file is complete, just before it is renamed to ``out``.
 
     Raises:
         InputError: timm cannot load the student, or would compute other outputs.
@@ -152,7 +152,7 @@ def load_student(path: str | Path) -> Backbone:
     """Load an exported student, with its classifier if there is one, in eval mode and float32.
 
     Args:
-        path: Path or address of a file of ``d2v export``.
+        path: Path or address of a file that ``d2v export`` wrote.
 
     Returns:
         A :class:`~d2v_composer.models.timm_network.TimmStudent` if the student is a whole timm model, else a
@@ -163,7 +163,7 @@ def load_student(path: str | Path) -> Backbone:
 
     Example:
         >>> student = load_student("student.safetensors")
-        >>> embeddings = student.embed(images)  # (B, 3, height, width) uint8 → (B, P)
+        >>> embeddings = student.embed(images)  # (B, 3, height, width) uint8 → (B, P), P channels
         >>> teacher = student.provenance["teacher"]["source"]
     """
     file = fetch_model(path)
@@ -189,7 +189,7 @@ def load_models(path: str, weights: Weights = "model", teacher: str | None = Non
             checkpoint.
         weights: Argument of :func:`load_teacher`, for a teacher's file.
         teacher: Path or address of the student's teacher. Default: for a checkpoint of a distillation, the teacher
-            with which the run trained; for an exported or fine-tuned student, none.
+            with which the run trained; otherwise none.
 
     Returns:
         The student, and its teacher or ``None``; for a teacher's file, the teacher twice.
@@ -232,7 +232,10 @@ def _with_teacher(student: Backbone, path: str | None) -> Models:
 
 
 def _as_estimated(teacher: Teacher | None, student: Backbone) -> Teacher | None:
-    """Make the teacher use the embedding that the student estimates or, without an alignment, the run's choice."""
+    """Set the teacher's embedding to the one that the student's alignment estimates.
+
+    Without an alignment, the run's keys ``alignment.pooling`` and ``alignment.representation`` choose the embedding.
+    """
     if teacher is not None and student.embedding.made_by == "raw":  # may have another name, such as a timm student's
         chosen: Any = value_at(distillation_of(student.provenance), "config.alignment") or {}
         teacher.use_embedding(chosen.get("pooling"), chosen.get("representation"))
@@ -256,7 +259,7 @@ def _load_checkpoint(checkpoint: Checkpoint, teacher_path: str | None) -> Models
 
 
 def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
-    """Load a distilled student, whose provenance is the run's record and results, and the teacher."""
+    """Load a distilled student and its teacher; the student's provenance is the run's record and results."""
     path, aligned = checkpoint.path, checkpoint.saved_by("AlignStudent")
     record = checkpoint.record | _results_of(checkpoint)
     sizes = read_sizes(path, record["student"]["sizes"])
@@ -287,7 +290,7 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
 
 
 def _results_of(checkpoint: Checkpoint) -> Record:
-    """Return the last retrieval results, under the key ``results``, for a record; {} if the run measured none."""
+    """Return the run's last retrieval results as a dict with the key ``results``; {} if the run measured none."""
     saved = checkpoint.saved_by("ZeroShotRetrieval")
     if not saved.get("history"):
         return {}

@@ -1,4 +1,4 @@
-"""Read and write model files, safetensors with a model's kind, sizes and provenance, and build models from them."""
+"""Read and write model files (safetensors with a model's kind, sizes and provenance); build models from them."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -76,7 +76,7 @@ def write_model_file(
     tensors: Tensors,
     when_complete: Callable[[], object] = lambda: None,
 ) -> None:
-    """Write a model's file, and call ``when_complete`` just before the file appears.
+    """Write a model's file; call ``when_complete`` when the temporary file is complete, before it is renamed.
 
     Raises:
         RunError: The file cannot be written.
@@ -157,8 +157,8 @@ def check_fits(source: ModelName, build: Callable[[], nn.Module], tensors: Tenso
     """Check that ``tensors`` are exactly those of a model, without allocating memory for the model.
 
     Raises:
-        InputError: The model cannot be built; or a tensor is missing, unknown, misshapen, or does not hold finite
-            numbers.
+        InputError: The model cannot be built; or a tensor is missing or unknown, has the wrong shape, or does not hold
+            finite numbers.
     """
     with reading(source), torch.device("meta"), _Unset():
         model = build()
@@ -262,7 +262,7 @@ def new_student(
         student = TimmStudent(sizes.network, provenance)
     info = sizes.embedding
     if info.raw not in student.raw_names or (info.made_by != "raw") != ("alignment.weight" in tensors):
-        raise ValueError(f"the embedding in its sizes does not fit its model or tensors: {info}")
+        raise ValueError(f"the embedding that it describes does not fit its model or its tensors: {info}")
     student.raw_embedding = info.raw
     if info.made_by != "raw":
         weight, bias = (torch.empty(tensors[f"alignment.{name}"].shape) for name in ("weight", "bias"))

@@ -106,7 +106,7 @@ def share_newest(folder: RunFolder, resumes: bool, accept: Callable[[Checkpoint]
     See :func:`find_newest` for the arguments and further errors.
 
     Raises:
-        InputError: A node cannot get the checkpoint, or has a different file with the same name.
+        InputError: A node cannot get the checkpoint that node 0 has.
     """
     on_several_nodes = num_nodes() > 1
     newest, shared = None, [("", "")]

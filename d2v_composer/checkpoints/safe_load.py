@@ -36,7 +36,7 @@ class Stub(dict[Any, Any]):
 
 
 def load_untrusted(path: Path) -> Any:
-    """Load any program's PyTorch file without running its code; tensors are on the CPU, mapped from the file.
+    """Load any program's PyTorch file without running its code; its tensors are on the CPU, memory-mapped.
 
     Raises:
         InputError: The file cannot be read, is not a PyTorch file, or fails :func:`check_archive`.
@@ -59,7 +59,7 @@ def check_archive(path: Path, kind: type[InputError] = InputError) -> None:
 
     Args:
         path: The file.
-        kind: Class of the error to raise for the file's contents.
+        kind: Class of the error to raise if the file can be read, but its contents are at fault.
 
     Raises:
         InputError: The file cannot be read.
@@ -82,7 +82,7 @@ def check_archive(path: Path, kind: type[InputError] = InputError) -> None:
                     "its archive has a folder, a compressed file or overlapping files, which torch never writes"
                 )
             if len({entry.filename.casefold() for entry in entries}) != len(entries):  # torch may read another one
-                raise ValueError("its archive has several files whose names differ at most in case")
+                raise ValueError("its archive has files whose names are equal or differ only in upper and lower case")
             if (broken := archive.testzip()) is not None:  # torch maps the tensors into memory without a look
                 raise ValueError(f"its member {broken} has a wrong checksum")
             pickled = archive.getinfo(f"{entries[0].filename.partition('/')[0]}/data.pkl")

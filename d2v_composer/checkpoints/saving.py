@@ -90,7 +90,7 @@ def outdated(names: Iterable[str], pointed_at: str, num_to_keep: int) -> list[st
 
 
 def upload_checkpoint(path: Path, address: str) -> None:
-    """Upload a checkpoint to a run's folder in a store, then the pointer file."""
+    """Upload a checkpoint to a run's folder in a store, then the pointer file that names the checkpoint."""
     from composer.utils import parse_uri
     from composer.utils.file_helpers import create_symlink_file
 

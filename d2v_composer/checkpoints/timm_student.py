@@ -97,16 +97,16 @@ def timm_call(student: Backbone, file: str | Path) -> str:
 class TimmWrapper(nn.Module):
     """timm's interface to a :class:`~d2v_composer.models.student.Student`.
 
-    The student is built when a file of ``d2v export`` is loaded. The student's encoder stays frozen.
+    The student is built when a file that ``d2v export`` wrote is loaded. The student's encoder stays frozen.
 
     Args:
         num_classes: Number of the head's outputs. If this is the width of the file's alignment, the head is the
             alignment. If this is 0, the model has no head and returns the pooled features. Otherwise, the head is the
             file's classifier or, if the file has no classifier, a new head of zeros.
         global_pool: ``token``: the CLS token; ``avg``: the mean of the patches; ``mean``: the mean of all tokens.
-        representation: ``output``: the last block's output; ``layer_mean``: the normalized mean of the FFN outputs.
-            With neither this argument nor ``global_pool``, the model pools what the file's alignment reads or, without
-            an alignment, the file's raw embedding.
+        representation: ``output``: the last block's output; ``layer_mean``: the mean of the blocks' normalized
+            FFN outputs. Without this argument and ``global_pool``, the head gets the pooled features that the file's
+            alignment reads or, without an alignment, the student's embedding.
     """
 
     def __init__(
@@ -198,7 +198,7 @@ class TimmWrapper(nn.Module):
         destination[prefix + CONFIG_TENSOR] = config_tensor(self.sizes.model_dump(mode="json"))
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
-        """Build the student from the tensors of a file of ``d2v export`` or of this model's state dict.
+        """Build the student from the tensors of a file that ``d2v export`` wrote, or of this model's state dict.
 
         Raises:
             InputError: The sizes are missing, the tensors do not fit them, or the student lacks the chosen embedding.
@@ -225,6 +225,6 @@ class TimmWrapper(nn.Module):
 
 
 def pretrained_cfg(sizes: StudentSizes | None) -> Record:
-    """Return timm's record of the model, with the preprocessing that timm's ``resolve_data_config`` reads."""
+    """Return timm's ``pretrained_cfg``, with the preprocessing that timm's ``resolve_data_config`` reads."""
     preprocessing = {} if sizes is None else sizes.encoder.timm_preprocessing
     return {"architecture": NAME, "num_classes": 0, "classifier": "head", **preprocessing}

@@ -124,7 +124,7 @@ def load_weights(built: TimmModule, model: str, stored: Tensors) -> bool:
     """Load a file's tensors into a model after timm's conversion; see :func:`checkpoint_filter`.
 
     Returns:
-        True if the model has a head that gives the embedding ``joint``, and the file has the head's weights.
+        True if the model has a head that computes an embedding, as CLIP's does, and the file has the head's weights.
 
     Raises:
         Exception: The tensors are not weights of this model.

@@ -1,1 +1,1 @@
-"""Use files, locks, stores, processes and nodes; report errors and progress."""
+"""Use files, locks, object stores, processes and nodes; report errors and progress."""

@@ -74,7 +74,8 @@ class Address(NamedTuple):
         is_odd = re.search(r"[][]", bucket) or re.search(r"[#?\s]", bucket + path.replace(" ", ""))
         if is_odd or not (bucket or scheme == "dbfs") or not {"", ".", ".."}.isdisjoint(parts):
             raise ValueError(
-                f"expected {scheme}://BUCKET/KEY without '#', '?' and parts that are empty, '.' or '..', got {text!r}"
+                f"expected {scheme}://BUCKET/KEY without '#' or '?', where no part of KEY is empty, '.' or '..'; "
+                f"got {text!r}"
             )
         return cls(scheme, bucket, path.rstrip("/"))
 
@@ -103,8 +104,8 @@ class RunFolder(NamedTuple):
         address = Address.parse(text)
         if address.scheme not in ("", *STORES) or not re.fullmatch(r"[\w.-]*", address.bucket):
             raise ValueError(
-                f"expected a folder or SCHEME://BUCKET/KEY, with SCHEME one of {', '.join(STORES)} and BUCKET of "
-                f"letters, digits, '.', '_' and '-', got {text!r}"
+                f"expected a folder or SCHEME://BUCKET/KEY, where SCHEME is one of {', '.join(STORES)}, and BUCKET has "
+                f"only letters, digits, '.', '_' and '-'; got {text!r}"
             )
         place_to_write(text)
         check_path(address.path)
@@ -115,7 +116,7 @@ class RunFolder(NamedTuple):
 
 
 def place_to_write(text: str | Path) -> str:
-    """Return the absolute path of what a command writes, or its address in a store without a trailing slash.
+    """Check where a command is to write; return the absolute path, or the address without a trailing slash.
 
     Raises:
         ValueError: The text is empty, a malformed address, or the root of a file system or of a store.
@@ -123,7 +124,7 @@ def place_to_write(text: str | Path) -> str:
     address = Address.parse(os.path.expanduser(text))
     place = str(text).rstrip("/") if address.is_remote else os.path.abspath(address.path)
     if not address.path or os.path.dirname(place) == place:
-        raise ValueError(f"expected a place to write that is neither empty nor a root, got {str(text)!r}")
+        raise ValueError(f"expected a path or an address to write to, other than a root, got {str(text)!r}")
     return place
 
 
@@ -146,7 +147,9 @@ def check_path(path: str) -> None:
     """
     if not CHARACTERS.fullmatch(path) or path != path.strip() or path.startswith("//"):
         hint = "; {run_name} in save_folder is the only placeholder" if "{" in path else ""
-        raise ValueError(f"expected letters, digits, inner spaces, ./@%=+,~-_ and no leading //, got {path!r}{hint}")
+        raise ValueError(
+            f"expected only letters, digits, inner spaces and ./@%=+,~-_, with no leading //, got {path!r}{hint}"
+        )
 
 
 def canonical_address(address: str) -> str:
@@ -173,7 +176,7 @@ def hide_secrets(value: Any) -> Any:
 
 
 def _rewrite(text: str, keeps: Callable[[str], bool]) -> str:
-    """Remove logins, fragments, and query parameters that ``keeps`` does not accept from the addresses in a text."""
+    """Shorten the addresses in a text: remove logins, fragments, and the query parameters that ``keeps`` rejects."""
 
     def shorten(match: re.Match[str]) -> str:
         pairs = [(name, value) for name, value in parse_qsl(match[2] or "", keep_blank_values=True) if keeps(name)]

@@ -19,14 +19,14 @@ EXTRAS = {
 
 
 class _ShownError(Exception):
-    """An error in whose lines secrets are hidden."""
+    """An error that hides the secrets in its lines."""
 
     def __init__(self, *lines: object) -> None:
         super().__init__(*map(hide_secrets, lines))
 
 
 class InputError(_ShownError, ValueError):
-    """Bad input, such as a file or a setting; a command prints the lines and exits with status 2.
+    """Bad input, such as a corrupt file or a wrong setting; a command prints the lines and exits with status 2.
 
     Args:
         args: One line for each problem.

@@ -64,7 +64,7 @@ log = logging.getLogger(__name__)
 ResultT = TypeVar("ResultT")
 
 _asked: dict[Path, float] = {}
-"""Cached file → when this process last asked the server whether the file has changed, in monotonic seconds."""
+"""Cached file → when this process last asked the server whether the file has changed, a ``time.monotonic()``."""
 
 _keeps_inodes: dict[int, bool] = {}
 """Device → whether its files keep their inode numbers; False if the ID of the file system is 0."""
@@ -96,7 +96,7 @@ class File(NamedTuple):
 
 
 def cache_folder() -> Path:
-    """Return the folder of this package in the folder of torch.hub."""
+    """Return this package's cache folder, which is in torch.hub's folder."""
     return Path(torch.hub.get_dir()) / "d2v_composer"
 
 
@@ -151,7 +151,7 @@ def fetch(address: str | Path, version: str = "", *, again: bool = False) -> Pat
             if not path.exists():
                 raise InputError(problem) from error
             since = time.strftime("%Y-%m-%d", time.localtime(path.stat().st_mtime))
-            log.warning("%s; using the copy of %s; delete %s to fetch the file again", problem, since, path)
+            log.warning("%s; using the cached copy, from %s; delete %s to fetch the file again", problem, since, path)
         if not is_asked:
             _asked[path] = time.monotonic()
     return path
@@ -342,7 +342,7 @@ def _transfer_from_web(address: str, path: Path, timeout: float, known: str | No
     try:  # not torch.hub, which keeps a truncated file; not HEAD, which a presigned address does not allow
         answer = requests.get(address, stream=True, timeout=(CONNECT_SECONDS, timeout))
     except requests.exceptions.InvalidURL:  # its text quotes a part of the login
-        raise ValueError("not an address: percent-encode the special characters of a login") from None
+        raise ValueError("not a valid address; percent-encode the special characters of a login") from None
     with answer as response:
         response.raise_for_status()
         tag, modified, length = (response.headers.get(name, "") for name in ("ETag", "Last-Modified", "Content-Length"))
@@ -431,7 +431,7 @@ def _list_s3(folder: str, name: str, delimiter: str = "") -> list[File]:
 
 
 def open_store(address: str) -> "tuple[ObjectStore, str]":
-    """Return the client of the store in which an address is, and the key of the object."""
+    """Return a client of the object store that an address names, and the address's key in the store."""
     from composer.utils import maybe_create_object_store_from_uri, parse_uri
 
     store = maybe_create_object_store_from_uri(address)
@@ -476,14 +476,14 @@ def retry(
 ) -> ResultT:
     """Call ``attempt`` until it succeeds, and return its result.
 
-    An error is raised immediately if :func:`is_local` is true for the error. Otherwise, the last error is raised
-    after ``timeout``, or after ``lasting_attempts`` errors for which :func:`is_lasting` is true.
+    A local error (see :func:`is_local`) is raised immediately. Otherwise, the last error is raised after ``timeout``,
+    or as soon as ``lasting_attempts`` errors were lasting (see :func:`is_lasting`).
 
     Args:
         attempt: The function to call, at least once.
         what: Address that the function uses, for the log.
         timeout: Seconds in which new attempts start; a running attempt is not interrupted.
-        lasting_attempts: Number of errors after which an error that a retry is unlikely to mend is raised.
+        lasting_attempts: Number of lasting errors after which the last of them is raised.
         denial_passes: Do not count HTTP errors as lasting.
     """
     start = time.monotonic()
@@ -504,7 +504,7 @@ def retry(
 
 
 def is_local(error: BaseException) -> bool:
-    """Return True if an error is local: an error of the disk or the path, or an import that fails."""
+    """Return True if an error is local: an error of the disk or the path, or a failed import."""
     return isinstance(error, ImportError) or (isinstance(error, OSError) and error.errno in LOCAL)
 
 

@@ -34,7 +34,7 @@ KindT = TypeVar("KindT")
 log = logging.getLogger(__name__)
 
 _free: set[Path] = set()
-"""Paths at which :func:`check_out_file` found no file, and where :func:`move` must not replace a file."""
+"""Paths where :func:`check_out_file`, without ``overwrite``, found no file; :func:`move` replaces no file there."""
 
 
 def check_out_file(path: Path, *, overwrite: bool = True) -> None:
@@ -43,7 +43,7 @@ def check_out_file(path: Path, *, overwrite: bool = True) -> None:
     Without ``overwrite``, :func:`move` also refuses to replace a file that was created after this check.
 
     Raises:
-        InputError: The path is a folder or an address, the folder is not writable, or the file exists and ``overwrite``
+        InputError: The path is a folder or an address, its parent is not writable, or the file exists and ``overwrite``
             is false.
     """
     if re.match(r"\w\w+:/", path.as_posix()):  # not C:/
@@ -79,7 +79,7 @@ def flush(path: Path) -> None:
 
 
 def move(partial: Path, path: Path) -> None:
-    """Rename a complete file to its final path, where the file replaces an old file and survives a loss of power.
+    """Rename a complete file to its final path, replacing an existing file; the new file survives a loss of power.
 
     Args:
         partial: The file, in a folder on the same disk.
@@ -106,7 +106,7 @@ def check_owned(folder: Path | str, names: Iterable[str], mark: str, key: str) -
         key: The setting that chooses the folder, for the error.
 
     Raises:
-        InputError: The folder has files other than a preflight's, but not the file ``mark``.
+        InputError: The folder has files, but not the file ``mark``; the folder of a preflight does not count.
     """
     inside = {name.partition("/")[0] for name in names}
     if mark not in inside and (foreign := sorted(inside - {PREFLIGHT})):
@@ -202,7 +202,12 @@ def missing_parts(path: Path) -> list[Path]:
 
 
 def release(lock: FileLock, made: Sequence[Path]) -> None:
-    """Remove the file and the folders in ``made`` if nothing was added to them, then unlock the file."""
+    """Release a lock; first remove what was created for it, unless other files were added there.
+
+    Args:
+        lock: The lock.
+        made: Which of its file and folders were missing before it was acquired; see :func:`missing_parts`.
+    """
     with suppress(OSError):
         if made and [*made[0].parent.iterdir()] == [made[0]]:
             made[0].unlink()

@@ -164,7 +164,7 @@ def _print(line: str, stream: TextIO) -> None:
 
 
 def die_with_parent() -> None:
-    """Let Linux kill this process when the thread of the parent that started this process ends."""
+    """Let Linux kill this process when its parent ends, or the parent's thread that started this process."""
     _at_parents_death(signal.SIGKILL)
     parent = multiprocessing.parent_process()
     if parent is not None and os.getppid() != parent.pid:  # the parent died before this call

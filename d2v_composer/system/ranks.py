@@ -51,7 +51,7 @@ def rank_zero_first(what: str) -> AbstractContextManager[None]:
 
 @contextmanager
 def leaders_first(leaders: Collection[int], what: str) -> Iterator[None]:
-    """Let ``leaders`` run a ``with`` block before the other ranks run the block; all ranks must call this function.
+    """Let the ranks ``leaders`` run a ``with`` block before the other ranks; all ranks must call this function.
 
     The block may take hours. ``what`` names the block in errors.
 
@@ -82,7 +82,7 @@ def leaders_first(leaders: Collection[int], what: str) -> Iterator[None]:
 
 @contextmanager
 def _outcome(store: Any, key: str) -> Iterator[None]:
-    """Write heartbeats to the store while the ``with`` block runs, then the block's outcome."""
+    """Write heartbeats to torch.distributed's store while the ``with`` block runs, then the block's outcome."""
     ended, outcome = threading.Event(), OK
 
     def beat() -> None:

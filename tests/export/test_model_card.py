@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from d2v_composer import load_student, load_teacher
-from d2v_composer.checkpoints.fairseq import LICENSE_NOTE, LICENSES
+from d2v_composer.checkpoints.fairseq import LICENSES
 from d2v_composer.checkpoints.load import load_models
 from d2v_composer.commands import evaluate, export
 from d2v_composer.evaluation.metrics import AGREEMENT
@@ -49,7 +49,7 @@ def card_of(student: Any, folder: Path) -> tuple[dict[str, Any], str]:
     [
         ("apache-2.0", "apache-2.0"),
         ("Apache-2.0, as this repository", "apache-2.0"),
-        (LICENSE_NOTE, "unknown"),
+        (LICENSES[ImageEncoderConfig], "unknown"),
         ("MIT, weights for research only", "mit-weights-for-research-only"),
         ("CC BY-NC-SA 4.0", "cc-by-nc-sa-4.0"),
         ("the file's; timm states for its own: apache-2.0", "unknown"),

@@ -150,7 +150,8 @@ def test_a_replaced_file_is_fetched_again(
     server.status = 503
     assert fetch(address).read_bytes() == FILE[::-1]
     [said] = caplog.messages
-    assert re.match(rf"{address} cannot be fetched \(.*503.*\); using the copy of [\d-]+; delete {path} to fetch", said)
+    problem = rf"{address} cannot be fetched \(.*503.*\)"
+    assert re.match(rf"{problem}; using the cached copy, from [\d-]+; delete {path} to fetch", said)
 
 
 def test_a_file_without_a_version_is_named(
