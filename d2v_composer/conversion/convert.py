@@ -107,7 +107,7 @@ def hold_out(source: Source, record: Path) -> tuple[dict[str, Source], int]:
 
 
 def _hash_contents(source: Source, numbers: Sequence[int]) -> dict[int, tuple[int, str]]:
-    """Return number → size in bytes and SHA-256 of the stored sample; the hash of an unreadable sample is ''."""
+    """Return index → size in bytes and SHA-256 of the stored sample; the hash of an unreadable sample is ''."""
 
     def hash_content(number: int) -> tuple[int, str]:
         try:
@@ -140,7 +140,7 @@ class _Task(NamedTuple):
 
     source: Source
     groups: Sequence[Int64Array]
-    """For each shard, the numbers of its samples in ``source``."""
+    """For each shard, the indices of its samples in ``source``."""
     options: Record
     """Options of :meth:`Modality.encode <d2v_composer.data.modality.Modality.encode>`."""
     skip_unreadable: bool
@@ -148,7 +148,7 @@ class _Task(NamedTuple):
     work: Path
     """Local folder of the unfinished conversion; see :func:`work_folder`."""
     records: Path
-    """Folder, in ``work``, of the records of finished shards."""
+    """The folder in ``work`` that holds the records of finished shards."""
 
     etags: dict[str, str]
     """Name → ETag of the known objects in ``out``; empty unless ``out`` is in S3."""
@@ -209,10 +209,10 @@ def work_folder(out: str) -> Path:
 
 
 def _check_out(out: str, work: Path) -> None:
-    """Check that OUT, local or in a store, is new or holds an interrupted conversion.
+    """Check that OUT, local or in a store, is missing, is empty or holds an interrupted conversion.
 
     Raises:
-        InputError: OUT holds a finished data set or anything else, or cannot be listed.
+        InputError: OUT holds a finished data set or other files, or cannot be listed.
     """
     names = {*names_in(out)} - {work.name}
     if INDEX in names:
@@ -253,7 +253,7 @@ def convert(
     Args:
         source: The samples; see :func:`open_samples`.
         out: A folder, or an address in one of :data:`~d2v_composer.system.addresses.STORES`.
-        seed: The seed of the order in which samples are shuffled if :attr:`Source.in_folders` is true.
+        seed: The seed of the shuffle; samples are shuffled only if :attr:`Source.in_folders` is true.
         workers: Number of worker processes.
         shard_bytes: Approximate size of a shard, in bytes.
         skip_unreadable: Skip unreadable samples.
@@ -300,7 +300,7 @@ def convert(
                 path.unlink()
         if out.startswith("s3://") and (lost := sorted(name for name, _ in etags.items() - list_etags(out).items())):
             raise RunError(
-                f"{out}: shards that were removed or replaced after their upload: {len(lost)}; the first: {lost[0]}; "
+                f"{out}: shards were removed or replaced after their upload, such as {lost[0]} ({len(lost)} in all); "
                 "run the same command to write these shards again"
             )
         skipped = [line for shard in shards for line in shard["skipped"]]
@@ -363,7 +363,8 @@ def _published(out: str, name: str, work: Path | None) -> Iterator[Path]:
     Args:
         out: A folder, or its address in a store.
         name: Name of the file in ``out``.
-        work: Folder for the temporary file, on the disk of ``out`` if ``out`` is local; default: the system's folder.
+        work: Folder for the temporary file, on the disk of ``out`` if ``out`` is local; ``None``: the system's
+            temporary folder.
 
     Raises:
         RunError: The disk or the store fails.
@@ -376,7 +377,7 @@ def _published(out: str, name: str, work: Path | None) -> Iterator[Path]:
 
 
 def _groups(source: Source, resize: int | None, seed: int, shard_bytes: int) -> list[Int64Array]:
-    """Return the numbers of the samples in each shard of about ``shard_bytes`` bytes."""
+    """Group the samples into shards of about ``shard_bytes`` bytes; return the indices of each shard's samples."""
     sizes, order = source.sizes, np.arange(len(source))
     if resize:
         sizes = np.minimum(sizes, resize**2 * BYTES_PER_SQUARE)

@@ -19,7 +19,7 @@ TABLE_SUFFIXES = (".npy", ".parquet")
 
 
 def plan_of(source: Source, part: Part, **settings: Json) -> Record:
-    """Return the plan of a part: its index, and the number of parts, source and settings that all must share."""
+    """Return a part's plan: its index; and the source, settings and number of parts, which all parts share."""
     same = {"unit": source.modality.unit, "source": source.content, "version": version("d2v-composer")}
     return part._asdict() | same | settings
 
@@ -37,7 +37,7 @@ class Parts:
     """The parts of OUT, such as OUT/parts/00003-of-00016 for MDS, or OUT.parts/00003-of-00016.npy for embeddings.
 
     Args:
-        out: The folder of an MDS data set or a file of embeddings, local or in a store.
+        out: An MDS data set's folder, or a file of embeddings; local or in a store.
 
     Attributes:
         folder: The folder of the parts.

@@ -1,6 +1,7 @@
 """Align a student with an existing index of any model, or with a teacher, on the samples of a source.
 
-Shapes: N rows of the index, M pairs, B samples of a batch, I inputs of the alignment, P channels of the target.
+Shapes: N rows of the index, M pairs, B samples of a batch, I input channels of the alignment, P channels of the
+target.
 """
 
 from collections.abc import Callable, Sequence

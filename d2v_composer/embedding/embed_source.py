@@ -214,7 +214,7 @@ def embed_batches(
 
 
 def record_of(model: Backbone, source: Source, part: Part, options: EmbeddingOptions, device: str) -> Record:
-    """Return a part's record: its number, and the source and settings that all parts must share."""
+    """Return a part's record: its index; and the source, settings and number of parts, which all parts share."""
     settings = options._asdict() | {"embedding": str(model.describe(options.embedding))}
     return plan_of(source, part, model=hash_weights(model), device=device, **settings)
 
@@ -284,8 +284,8 @@ def _wait(theirs: deque[_Chunk], bar: tqdm, folder: Path) -> None:
         if time.monotonic() > deadline:
             if all(acquire(folder / f".lock{other}") for other in range(1, num_ranks())):
                 raise RunError(
-                    f"{folder}: the other ranks left out {bar.total - bar.n} samples; all ranks must reach "
-                    "SOURCE and this folder"
+                    f"{folder}: the other ranks ended without embedding {bar.total - bar.n} samples; all ranks need "
+                    "access to SOURCE and to this folder"
                 )
             deadline += RANK_SECONDS
 
@@ -329,7 +329,7 @@ def _read_part(address: str, record: Mapping[str, Json], folder: Path) -> Iterat
     """Yield the ids, (B,), and embeddings, (B, D), of a part, block by block.
 
     Raises:
-        InputError: The part's files cannot be read, or differ from those in the part's record.
+        InputError: The part's files cannot be read, or do not match the hashes in the part's record.
     """
     is_array = address.endswith(".npy")
     with reading(address):
@@ -483,7 +483,7 @@ def load_batch(
     """Load a batch for :func:`embed_batch`.
 
     Args:
-        decode: Function that returns the sample with an index, such as :meth:`Source.decode`.
+        decode: Function that decodes the sample with a given index, such as :meth:`Source.decode`.
         numbers: Indices of the samples.
 
     Returns:

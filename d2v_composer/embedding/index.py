@@ -38,8 +38,9 @@ def read_index(path: str) -> VectorIndex:
         path: Path or address of the index.
 
     Raises:
-        InputError: A file cannot be read, there is not one row for each id, or a row has numbers that are infinite,
-            NaN, too small or too large.
+        InputError: A file cannot be read, the embeddings have another shape or dtype, the numbers of ids and rows
+            differ, there are no rows, or a row contains NaN or has a largest magnitude that is neither 0 nor between
+            1e-9 and 1e15.
     """
     with reading(path):
         if path.endswith(".npy"):
@@ -65,8 +66,8 @@ def read_index(path: str) -> VectorIndex:
         if not rows.size:
             raise ValueError("it is empty")
         if rows.ndim != 2 or rows.dtype not in FLOATS:
-            kinds = f"{listed(map(str, FLOATS))} of this machine's byte order"
-            raise ValueError(f"expected (N, D) rows of {kinds}, got {rows.dtype} {rows.shape}")
+            kinds = f"{listed(map(str, FLOATS))} in this machine's byte order"
+            raise ValueError(f"expected an array (N, D) of {kinds}, got {rows.dtype} {rows.shape}")
         for first in range(0, len(rows), 1 << 14):
             largest = np.abs(rows[first : first + (1 << 14)]).max(axis=1).astype(np.float64)
             # In float32, the length of other rows would be infinite, or so short that it is not normalized.

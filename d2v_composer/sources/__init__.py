@@ -29,8 +29,8 @@ CONTAINERS = (
         ".parquet",
         "Parquet files",
         "FILE.parquet#ROW",
-        "a column of files' bytes, of paths relative to the file or of the hub's images; if several columns fit, "
-        "`--column` chooses one",
+        "a column of files' bytes, of Hugging Face's `Image` or `Audio`, or of paths relative to FILE.parquet; if "
+        "several fit, `--column` chooses one",
         "a column",
         "parquet",
     ),
@@ -48,7 +48,7 @@ CONTAINERS = (
 
 
 def path_of(name: str) -> str:
-    """Return a path without empty parts and parts '.'; return '' if another part begins with '.' (hidden)."""
+    """Return a path without the parts '' and '.'; return '' if another part begins with a dot, as hidden files do."""
     parts = [part for part in name.split("/") if part not in ("", ".")]
     return "" if any(part.startswith(".") for part in parts) else "/".join(parts)
 
@@ -63,8 +63,8 @@ NAMES = listed(container.plural for container in CONTAINERS)
 # What a SOURCE may be besides a folder of files, and the help of --column and --label-column.
 SOURCES = f"MDS, {NAMES} (a file, folder or glob, local or in a store: s3://, …), or hf://datasets/ORG/NAME"
 COLUMN = (
-    "The column that holds the samples; in tars, the suffix of their files. Default: the only column that can hold "
-    "samples; in MDS, image or audio."
+    "The column that holds the samples; in tars, the suffix of the samples' files. Default: the only column that can "
+    "hold samples; in MDS, image or audio."
 )
 CHOOSE = "choose one with --column or --label-column or, in a YAML, with column or label_column"
 LABEL_COLUMN = ", ".join(f"for {container.plural} {container.labels}" for container in CONTAINERS if container.labels)

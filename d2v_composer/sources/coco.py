@@ -90,18 +90,19 @@ def read_coco(folder: Path, file: Path, with_crowds: bool) -> Boxes:
     label_of = {category.id: label for label, category in enumerate(categories, 1)}
     rows = parsed.annotations
     problems: dict[str, Iterable[object]] = {
-        "images that are not in the folder": (
+        "images are not in the folder": (
             name for image in images if not (folder / (name := image.file_name)).is_file()
         ),
-        "ids that several images have": repeated(image.id for image in images),
-        "file names that several images have": repeated(image.file_name for image in images),
-        "ids that several categories have": repeated(category.id for category in categories),
-        "ids of images that have boxes and are not listed": {row.image_id for row in rows} - position.keys(),
-        "ids of categories that have boxes and are not listed": {row.category_id for row in rows} - label_of.keys(),
+        "ids belong to several images": repeated(image.id for image in images),
+        "file names belong to several images": repeated(image.file_name for image in images),
+        "ids belong to several categories": repeated(category.id for category in categories),
+        "image ids of annotations are not in 'images'": {row.image_id for row in rows} - position.keys(),
+        "category ids of annotations are not in 'categories'": {row.category_id for row in rows} - label_of.keys(),
     }
     found = {kind: cases for kind, them in problems.items() if (cases := sorted(them, key=str))}
     if found or not images:
-        lines = [f"{kind}: {len(cases)}; the first: {cases[0]}" for kind, cases in found.items()] or ["lists no images"]
+        lines = [f"{kind}, such as {cases[0]} ({len(cases)} in all)" for kind, cases in found.items()]
+        lines = lines or ["lists no images"]
         raise InputError(*(f"{file}: {line}" for line in lines))
     rows.sort(key=lambda row: position[row.image_id])  # stable
     owner = np.array([position[row.image_id] for row in rows], np.int64)

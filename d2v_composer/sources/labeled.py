@@ -64,7 +64,7 @@ class EvaluationSet(NamedTuple):
     """Embeddings of the C class names by a text tower, (C, P) float32."""
 
     def numbered(self) -> "EvaluationSet":
-        """Return the set with labels renumbered from 0 without gaps, and class names and embeddings in their order."""
+        """Renumber the labels from 0 without gaps, with class names and embeddings to match; return the new set."""
         if not self.has_labels:
             return self
         values, numbers = torch.cat([self.train.labels, self.test.labels]).unique(return_inverse=True)
@@ -125,11 +125,11 @@ def load_labeled_set(
     """Load the splits train and test of a labeled set, or only the test samples of a set without labels.
 
     Args:
-        format: One of :data:`~d2v_composer.sources.FORMATS`; ``None``: the format is found from the files in
-            ``root``, which cannot find CIFAR and Speech Commands.
+        format: One of :data:`~d2v_composer.sources.FORMATS`; ``None``: infer the format from the files in ``root``,
+            which is not possible for CIFAR and Speech Commands.
         root: For CIFAR, the folder of torchvision's files; for Speech Commands, the folder of its unpacked archive; for
-            MDS, the folder of the data sets train and test or, without labels, a data set; for other formats, a source
-            of :func:`~d2v_composer.sources.open.open_source`.
+            MDS, the folder that contains the data sets train and test (without labels, it may be a data set itself);
+            for other formats, a source of :func:`~d2v_composer.sources.open.open_source`.
         modality: Modality of the samples; default: images, resized to ``image_size``.
         image_size: Pixels per side, or (height, width). CIFAR's images are not resized.
         interpolation: Interpolation with which images are resized: ``bicubic`` or ``bilinear``.
@@ -177,9 +177,9 @@ def open_labeled_sets(
     """Return name of a data set → function that loads the data set with its labels renumbered.
 
     Args:
-        section: A section such as ``retrieval`` in a YAML: ``datasets``, name of a data set → arguments of
-            :func:`load_labeled_set`, or null to leave out the data set; and ``max_images``, the default for all data
-            sets.
+        section: A section of a YAML, such as ``retrieval``, with the keys ``datasets`` (name of a data set → arguments
+            of :func:`load_labeled_set`, or null to leave out the data set) and ``max_images`` (the default for all
+            data sets).
         modality: Modality of the samples.
         **changes: Arguments of :func:`load_labeled_set` that replace those of the section.
     """

@@ -107,7 +107,9 @@ class Shard(NamedTuple):
             file.seek(4 * (1 + number))
             begin, end = np.frombuffer(file.read(8), np.uint32).tolist()
             if not begin < end <= self.raw.bytes:
-                raise ValueError(f"the sample's offsets, {begin} and {end}, do not fit {self.raw.bytes} bytes")
+                raise ValueError(
+                    f"the sample's offsets, {begin} and {end}, do not fit a shard of {self.raw.bytes} bytes"
+                )
             file.seek(begin)
             data = file.read(end - begin)
         num_varying = sum(size is None for _, size, _ in self.columns)
@@ -280,7 +282,7 @@ def choose_alignment_samples(index: Index, seed: int, max_samples: int, batch_si
 
 
 def is_mds(folder: Path) -> bool:
-    """Return True if a folder has an ``index.json`` that lists shards or is no JSON."""
+    """Return True if a folder has an ``index.json`` that lists shards or is not valid JSON."""
     if not (folder / INDEX).is_file():
         return False
     try:

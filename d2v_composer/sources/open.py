@@ -103,7 +103,7 @@ class Files:
             if len(words.intersection(SPLITS)) > 1:
                 raise InputError(
                     f"{self.root}/{file.path}: the path does not tell whether the split is {listed(sorted(words))}; "
-                    "choose files with a glob, and --split none"
+                    "rename the file or, if the command has --split, choose files with a glob and --split none"
                 )
             for word in words:
                 splits.setdefault(word, []).append(file)
@@ -131,9 +131,8 @@ class Files:
         # Without --split, the one split of a file or a glob that the user chose is meant.
         available = [word for word in SPLITS if word in splits]
         if name not in splits and split != NONE and (split or len(available) > int(self.is_chosen)):
-            raise InputError(
-                f"{self.root}: no split {name!r}; available: {', '.join(available) or 'none; omit --split'}"
-            )
+            found = f"available: {', '.join(available)}" if available else "the source has no splits"
+            raise InputError(f"{self.root}: no split {name!r}; {found}")
         if whole.in_folders:
             source = whole._open_folders(splits if name in splits else whole.find_splits(), split, labels)
             return replace(source, part=self.part)
@@ -263,7 +262,10 @@ class Files:
 
 
 def sort_folders(paths: Sequence[str], *splits: str) -> dict[str, dict[int, str]]:
-    """Group samples by split: a folder in the deepest folder that holds all samples and is not in a split itself.
+    """Group samples by split.
+
+    Take the deepest folder that contains all samples, but is neither a split nor in a split. Its subfolders with names
+    in ``splits`` are the splits.
 
     Args:
         paths: The samples' paths.
@@ -304,15 +306,15 @@ def open_source(
         labels: Labels of samples in folders. ``none``: no labels. ``None``: class folders or, without class folders,
             ImageNet's LOC_SPLIT_solution.csv if the source contains the file. Any other value: a CSV file with a
             sample's path, with or without its suffix, in the first column, and the sample's class in the second.
-        column: The column that holds the samples; in tars, the suffix of their files. Default: in MDS, the modality's
-            name; otherwise, the only column that can hold samples.
+        column: The column that holds the samples; in tars, the suffix of the samples' files. Default: in MDS, the
+            modality's name; otherwise, the only column that can hold samples.
         label_column: The column that holds the labels, if any; in tars, ``json:KEY`` or a suffix such as ``cls``.
         cache: The folder for the shards of an MDS data set in a store.
         cache_limit: Maximum size of the cache, in bytes; default: no limit.
         part: The part of the source that a command processes; see :attr:`Source.part`.
 
     Raises:
-        InputError: The source is missing, damaged or ambiguous, has no samples, or does not fit an option.
+        InputError: The source is missing, damaged or ambiguous, has no samples, or does not fit another argument.
     """
     files = None
     if not (cache or is_mds(Path(source))):
@@ -323,7 +325,7 @@ def open_source(
         return replace(files, part=part).open_split(split, labels)
     if fetch.is_remote(source) != (cache is not None):
         raise InputError(
-            f"{source}: expected {NAMES}, or MDS in a local folder; only d2v embed reads MDS in a store, with --local"
+            f"{source}: expected {NAMES}, or MDS in a local folder; d2v embed also reads MDS in a store, with --local"
         )
     if cache is not None:
         fetch_index(source, cache)

@@ -84,7 +84,7 @@ class NoRoomError(Exception):
 
 
 class Shards:
-    """The samples of an MDS data set, by number from 0.
+    """The samples of an MDS data set, indexed from 0.
 
     Args:
         index: The data set's index.
@@ -119,7 +119,7 @@ class Shards:
         if self.limit and self._room < 4 * self._largest:
             raise InputError(
                 f"cache_limit must be at least {4 * self._largest + self.limit - self._room} bytes, the size of the "
-                f"index and four times the largest shard; got {self.limit}"
+                f"index plus four times the size of the largest shard; got {self.limit}"
             )
         self._verified: set[int] = set()
         self._ahead: deque[int] = deque()

@@ -1,4 +1,4 @@
-"""Read samples by number from any source, in worker processes or threads."""
+"""Read samples by index from any source, in worker processes or threads."""
 
 import hashlib
 import os
@@ -49,14 +49,14 @@ class PackedStrings(Sequence[str]):
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Samples of one modality in a fixed order, numbered from 0.
+    """Samples of one modality in a fixed order, indexed from 0.
 
     Attributes:
         root: Folder or address of the source.
         modality: Modality of the samples.
-        ids: Names of the N samples, such as paths below ``root``; or their numbers in the source, (N,) int64.
-        load: Function that returns a sample as it is stored, given its number.
-        label: Function that returns the label of a sample, given its number; ``None`` without labels.
+        ids: Names of the N samples, such as paths below ``root``; or their indices in the source, (N,) int64.
+        load: Function that returns a sample as it is stored, given its index.
+        label: Function that returns the label of a sample, given its index; ``None`` without labels.
         class_names: Name of each label; empty if the names are unknown.
         sizes: Approximate size of each stored sample, in bytes, (N,) int64.
         fingerprints: A whole number for each sample, (N,) int64; a conversion resumes only if these numbers are equal.
@@ -100,7 +100,7 @@ class Source:
     __getitem__ = decode
 
     def select(self, numbers: Sequence[int] | Int64Array) -> Self:
-        """Return a source of only the samples with the given numbers, in the given order."""
+        """Return a source of only the samples with the given indices, in the given order."""
         chosen = np.asarray(numbers, np.int64)
         load, label, ids = self.load, self.label, self.ids
         return replace(

@@ -110,31 +110,30 @@ def changed(change: Callable[[Content], object]) -> Content:
     return value
 
 
-FIRST = "; the first: "
 BAD: dict[str, tuple[object, str]] = {
     "missing image": (
         changed(lambda c: c["images"][0].update(file_name="gone.jpg")),
-        "images that are not in the folder: 1; the first: gone.jpg",
+        "images are not in the folder, such as gone.jpg (1 in all)",
     ),
     "duplicate image ids": (
         changed(lambda c: c["images"][0].update(id=5)),
-        f"ids that several images have: 1{FIRST}5",
+        "ids belong to several images, such as 5 (1 in all)",
     ),
     "duplicate categories": (
         changed(lambda c: c["categories"][0].update(id=2)),
-        "ids that several categories have: 1; the first: 2",
+        "ids belong to several categories, such as 2 (1 in all)",
     ),
     "one image twice": (
         changed(lambda c: c["images"].append({**c["images"][0], "id": 7})),
-        "file names that several images have: 1; the first: a.jpg",
+        "file names belong to several images, such as a.jpg (1 in all)",
     ),
     "unknown category": (
         changed(lambda c: c["annotations"][0].update(category_id=3)),
-        "ids of categories that have boxes and are not listed: 1; the first: 3",
+        "category ids of annotations are not in 'categories', such as 3 (1 in all)",
     ),
     "unknown image": (
         changed(lambda c: c["annotations"][0].update(image_id=6)),
-        "ids of images that have boxes and are not listed: 1; the first: 6",
+        "image ids of annotations are not in 'images', such as 6 (1 in all)",
     ),
     "no images": ({"images": [], "annotations": [], "categories": []}, "lists no images"),
     "no number": (

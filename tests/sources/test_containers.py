@@ -158,7 +158,7 @@ TWO_COLUMNS = {"image": [IMAGE], "depth": [IMAGE], "caption": ["a"]}
         ("parquet", {"url": ["a"], "text": ["b"]}, "", "2 columns fit; columns: url, text"),
         ("parquet", {"image": [IMAGE]}, "--label-column label", "no label column 'label'; columns: image"),
         ("parquet", {"image": [IMAGE], "label": [0.5]}, LABELED, "x.parquet#0: its label must be a whole number"),
-        ("parquet", {"image": [IMAGE]}, "--split test", "no split 'test'; available: none; omit --split"),
+        ("parquet", {"image": [IMAGE]}, "--split test", "no split 'test'; the source has no splits"),
         (
             "parquet",
             {"image": [IMAGE]},
@@ -414,11 +414,11 @@ def test_splits_and_classes(tmp_path: Path) -> None:
         (["training-0", "validation-0"], None, "no split 'train'; available: validation$"),
         (["val-0", "test-0"], None, "no split 'train'; available: val, test$"),
         (["train-0"], "(", "no split '\\('; available: train$"),
-        (["0"], "val", "no split 'val'; available: none; omit --split$"),
+        (["0"], "val", "no split 'val'; the source has no splits$"),
         (
             ["train_test-0", "val-0"],
             "val",
-            "x/train_test-0.tar: the path does not tell whether the split is test or train; choose",
+            "x/train_test-0.tar: the path does not tell whether the split is test or train; rename",
         ),
         (["train/val/0"], None, "x/train/val/0.tar: the path does not tell whether the split is train or val"),
     ],

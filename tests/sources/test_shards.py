@@ -138,7 +138,7 @@ def test_a_limit_below_what_is_needed_is_told(many_shards: Path, tmp_path: Path)
     for remote in (None, data):
         with pytest.raises(InputError, match="cache_limit: needs a remote data set"):
             open_images(data, remote, cache_limit=30_000)
-    least = "cache_limit must be at least 25490 bytes, the size of the index and four times the largest shard"
+    least = "cache_limit must be at least 25490 bytes, the size of the index plus four times the size of the largest"
     with pytest.raises(InputError, match=least):
         open_images(tmp_path / "cache", data, cache_limit=25_000)
     assert same_files(data, many_shards)
