@@ -29,7 +29,7 @@ class Tokens(torch.nn.Module):
 
 
 def load(checkpoint: str | None = None) -> FrozenModel:
-    """Load the teacher. If a package offers this function as ``ext/NAME``, it receives ``teacher.checkpoint``."""
+    """Load the teacher. If a package offers this function as ``ext/NAME``, ``teacher.checkpoint`` is passed to it."""
     torch.manual_seed(0)
     options = {"image_size": 32, "grid_size": (4, 4), "has_cls_token": True}
     return FrozenModel(Tokens(), source="random weights", license="unknown", **options)

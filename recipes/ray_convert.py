@@ -5,7 +5,7 @@
 
 usage: ray_convert.py SOURCE OUT [options of d2v convert-images]
 
-Every machine must reach SOURCE and OUT. Run the same command again to resume an interrupted conversion.
+Every machine needs access to SOURCE and OUT. Run the same command again to resume an interrupted conversion.
 """
 
 import sys

@@ -11,7 +11,7 @@ SOURCE is a folder of images or clips, of Parquet files or of WebDataset tars. C
 Parquet files or, with a dot, the suffix of the samples in tars. OUT is a new folder of Parquet files, with a row for
 each sample, in any order. The columns embedding and error replace the column of the samples; all other columns stay.
 The name of a sample is in the column path if SOURCE has images or clips, and in the column __key__ if it has tars.
-Every machine must reach MODEL, SOURCE and OUT. The cluster needs at least two cores.
+Every machine needs access to MODEL, SOURCE and OUT. The cluster needs at least two cores.
 """
 
 import sys

@@ -179,8 +179,8 @@ def profile_steps(run: Callable[[int], Tensor], trace: Path | None) -> Record:
     """Profile a few steps and, if ``trace`` is given, write the profile to this file.
 
     Returns:
-        The names of the attention operations, the number and the milliseconds of a step's GPU kernels, and the peak
-        GPU memory in GB.
+        A dict with the names of the attention operations, the number and the total milliseconds of a step's GPU
+        kernels, and the peak GPU memory in GB.
     """
     with profile() as profiler:
         run(PROFILED_STEPS)

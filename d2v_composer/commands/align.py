@@ -5,8 +5,7 @@
     d2v embed aligned.safetensors queries queries.npy
 
 OUT is the student with a linear map, fitted to samples of SOURCE; with --index, to samples whose ids are in the index.
-With --to, the map leads to the other model's embedding or, with --pooling or --representation, to a raw embedding: a
-vector that is pooled from the other model's features.
+With --to, the map leads to the other model's embedding or, with --pooling or --representation, to its pooled features.
 To measure the alignment, the command fits a second map to nine tenths of the samples, and tests this map on the other
 tenth. R² is the share of the target embeddings' variance that the map explains. Recall is the share of a target
 embedding's nearest neighbors that the mapped embedding finds, too.
@@ -41,9 +40,9 @@ class Align(Command):
     to: str | None = None
     """Model to align with, instead of an index: a path, an address or timm/NAME."""
     pooling: Pooling | None = None
-    """Only with --to: pooling of the raw embedding to align with, instead of the model's embedding."""
+    """Only with --to: pooling of the features to align with, instead of the model's embedding."""
     representation: Representation | None = None
-    """Only with --to: representation of the raw embedding to align with, instead of the model's embedding."""
+    """Only with --to: features that are pooled and aligned with, instead of the model's embedding."""
     max_samples: Annotated[int, whole(20, 0x100000)] = 20_000
     """Maximum number of samples to which the map is fitted."""
     workers: Decoders = None

@@ -6,9 +6,9 @@
     d2v export student.safetensors student.onnx --int8 --calibrate photos
 
 The suffix of OUT selects the format: .safetensors for d2v and timm, .onnx for ONNX, .pt2 for torch.export.
-An .onnx or .pt2 file computes the student's embedding or, with --pooling or --representation, a raw embedding: a vector
-that is pooled from the student's features. Without --preprocessing in, the inputs are normalized images, (B, 3, height,
-width) float32, or 16 kHz clips of one length, (B, L) float32.
+An .onnx or .pt2 file computes the student's embedding or, with --pooling or --representation, its pooled features.
+Without --preprocessing in, the inputs are normalized images, (B, 3, height, width) float32, or 16 kHz clips of one
+length, (B, L) float32.
 """
 
 import tempfile
@@ -38,9 +38,9 @@ class Export(Command):
     teacher: str | None = None
     """The teacher's file, for a training checkpoint; default: the path in the checkpoint."""
     pooling: Pooling | None = None
-    """Only for .onnx and .pt2: pooling of the raw embedding to export instead of the student's embedding."""
+    """Only for .onnx and .pt2: pooling of the features to export instead of the student's embedding."""
     representation: Representation | None = None
-    """Only for .onnx and .pt2: representation of the raw embedding to export instead of the student's embedding."""
+    """Only for .onnx and .pt2: features that are pooled and exported instead of the student's embedding."""
     preprocessing: Literal["in", "out"] = "out"
     """in: the .onnx or .pt2 file normalizes images, and takes resized pixels, (B, height, width, 3) uint8."""
     int8: bool = False

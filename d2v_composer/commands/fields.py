@@ -33,7 +33,7 @@ main = Fields.main
 
 
 def find_tables() -> Iterator[tuple[str, str, str]]:
-    """Yield the kind of YAML, such as 'training', a section's name, and a Markdown table of the section's fields.
+    """Yield, for each section, the kind of YAML (such as 'training'), the section's name and a table in Markdown.
 
     The name is '' for the fields outside of sections. Fields of another kind of YAML that are the same as in training
     are only named.

@@ -153,7 +153,7 @@ def add_section(readme: Path, heading: str, text: str) -> None:
 
 
 def name_license(stated: str) -> str:
-    """Return the Hugging Face hub's name for the license that a note states; ``unknown`` if the note states none."""
+    """Return the license that a note states, in the spelling of the Hugging Face hub; ``unknown`` if it states none."""
     # A note that says more than a license's name becomes a name of its own: the addition may be a restriction.
     name = re.sub("[^a-z0-9.]+", "-", stated.lower().removesuffix(", as this repository")).strip("-")
     return "unknown" if not name or name.startswith(NOT_STATED) else name

@@ -67,7 +67,7 @@ def verify(
     if refused := [name for name in runtime or () if name not in suited]:
         raise InputError(
             f"--runtime: {refused[0]} is not installed, or takes no {exported.suffix} file; use --kit FOLDER, and "
-            "run its script in the runtime's own environment"
+            "run the script in FOLDER in the runtime's own environment"
         )
     report, script = exported.with_name(f"{exported.name}.verify.json"), Path(check_program.__file__)
     check_out_file(report)
