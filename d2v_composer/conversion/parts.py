@@ -81,7 +81,8 @@ class Parts:
             raise InputError(f"{self.folder}: no finished parts")
         counts = sorted({part.total for part in parts})
         if len(counts) > 1:
-            raise InputError(f"{self.folder} has parts i/{' and i/'.join(map(str, counts))}; keep only one set")
+            totals = " and ".join(f"N = {count}" for count in counts)
+            raise InputError(f"{self.folder} has parts I/N with {totals}; keep only the parts with one N")
         if missing := sorted({*range(counts[0])} - {part.number for part in parts}):
             raise InputError(f"{self.folder}: of {counts[0]} parts, these are missing: {', '.join(map(str, missing))}")
         first = self._read(parts[0], {}, "")

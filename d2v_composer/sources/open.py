@@ -304,7 +304,7 @@ def open_source(
         modality: Modality of the samples.
         split: See :meth:`Files.open_split`; ignored for MDS data sets.
         labels: Labels of samples in folders. ``none``: no labels. ``None``: class folders or, without class folders,
-            ImageNet's LOC_SPLIT_solution.csv if the source contains the file. Any other value: a CSV file with a
+            Kaggle's LOC_SPLIT_solution.csv if it is directly in the source's folder. Any other value: a CSV file with a
             sample's path, with or without its suffix, in the first column, and the sample's class in the second.
         column: The column that holds the samples; in tars, the suffix of the samples' files. Default: in MDS, the
             modality's name; otherwise, the only column that can hold samples.
@@ -395,7 +395,7 @@ def find_files(
 
 
 def split_words(path: str, splits: Iterable[str]) -> set[str]:
-    """Return the splits that are words of a file's name or, if no split is, words of its folders' names."""
+    """Return the splits that are words of a file's name; without any, those that are words of its folders' names."""
     folders, _, name = path.lower().rpartition("/")
     in_name, in_folders = (
         {split for split in splits if re.search(rf"(?<![a-z]){re.escape(split.lower())}(?![a-z])", text)}

@@ -59,7 +59,7 @@ class Source:
         label: Function that returns the label of a sample, given its index; ``None`` without labels.
         class_names: Name of each label; empty if the names are unknown.
         sizes: Approximate size of each stored sample, in bytes, (N,) int64.
-        fingerprints: A whole number for each sample, (N,) int64; a conversion resumes only if these numbers are equal.
+        fingerprints: A whole number for each sample, (N,) int64; a conversion resumes only if none has changed.
         content: Text that differs between sources; the same for all parts of a source.
         left_out: Kind of files that are left out → their number.
         keeps_files: True if a conversion writes the stored samples without encoding them.

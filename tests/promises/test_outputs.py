@@ -373,7 +373,7 @@ def test_parts_of_another_command_are_named(sources: Sources, halves: Path) -> N
     assert not_merged(out) == f"error: {first} holds part 1 of 2; remove it"
     shutil.rmtree(first)
     convert(sources["folder"], out, "--part", "0/3")
-    assert not_merged(out) == f"error: {out}/parts has parts i/2 and i/3; keep only one set"
+    assert not_merged(out) == f"error: {out}/parts has parts I/N with N = 2 and N = 3; keep only the parts with one N"
 
 
 def test_parts_whose_images_changed_are_not_merged(tmp_path: Path) -> None:
