@@ -1,4 +1,4 @@
-"""Clip the gradient, log the gradient's norm, seed each batch, and share BatchNorm's statistics among ranks."""
+"""Clip gradients, log their norm, seed the random generators, and give all ranks the same BatchNorm statistics."""
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ class GradientClipping(algorithms.GradientClipping):
     """Clip the global norm of the trained parameters' gradient.
 
     Args:
-        clipping_threshold: The largest norm, to which a gradient with a larger norm is scaled down.
+        clipping_threshold: Largest allowed norm; a gradient with a larger norm is scaled down to this norm.
     """
 
     def __init__(self, clipping_threshold: float) -> None:
@@ -56,7 +56,7 @@ class GradientNorm(Algorithm):
 
 
 class SeededBatches(Callback):
-    """Seed Python, NumPy and torch at the start of each batch, from the run's seed, the batch and the rank.
+    """Seed Python, NumPy and torch before each batch, with a hash of the run's seed, the batch's index and the rank.
 
     Args:
         seed: Seed of the run.

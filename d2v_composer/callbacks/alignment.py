@@ -26,22 +26,24 @@ log = logging.getLogger(__name__)
 
 
 class AlignStudent(Callback):
-    """Fit a linear map from the student's raw embeddings to the teacher's embedding, at a run's end or by :meth:`fit`.
+    """Fit the alignment, a linear map from the student's pooled features to the teacher's embedding.
+
+    The alignment is fitted at the end of the run, and when :meth:`fit` is called.
 
     Checkpoints keep the alignment and the attributes ``batch`` and ``statistics``.
 
     Args:
-        model: The model that trains, whose student gets the alignment.
+        model: The model that is trained; its student gets the alignment.
         samples: A list or a map-style dataset of torch, the same on all ranks. Samples are images, (3, height, width)
             uint8, all of one size, or clips, (L,) float32. An incomplete last batch is left out.
         device_batch_size: Number of samples embedded at once on each device.
         workers: Number of processes that load samples for each rank.
 
     Attributes:
-        of: Description of the teacher's embedding.
-        batch: Number of training batches before the last fit; -1 without a fit.
-        statistics: ``of``, ``space`` and ``batch`` of the last fit, and the entries of :attr:`Fit.statistics
-            <d2v_composer.models.alignment.Fit.statistics>`.
+        of: Description of the teacher's embedding, an :class:`~d2v_composer.models.alignment.EmbeddingInfo`.
+        batch: Number of training batches before the last fit; -1 before the first fit.
+        statistics: Dict about the last fit: ``of`` and ``space`` of the teacher's embedding, ``batch``, and the entries
+            of :attr:`Fit.statistics <d2v_composer.models.alignment.Fit.statistics>`.
 
     Example:
         >>> from d2v_composer.callbacks import AlignStudent
@@ -114,8 +116,9 @@ class AlignStudent(Callback):
     def pairs(
         self, to_device: Callable[[Tensor], Tensor], before_batch: Callable[[], None], inputs: list[str]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the inputs, (N, I), and the targets, (N, P), of the alignment for each batch of N samples.
+        """Yield the inputs and the targets of the alignment for each batch of N samples.
 
+        The inputs, (N, I), are the student's concatenated features; the targets, (N, P), are the teacher's embeddings.
         The order of the batches is the same on every rank.
         """
         ranks, count = Ranks(dist.get_global_rank(), dist.get_world_size()), len(self.batches)

@@ -62,7 +62,7 @@ class Stop:
         return self.signal is not None
 
     def ends_retrieval(self) -> bool:
-        """Return True if a retrieval must be left out or ended; the result is the same on all ranks."""
+        """Return True if a retrieval evaluation must be skipped or ended; the result is the same on all ranks."""
         return self.has_come() and not self.is_last_batch
 
 
@@ -79,15 +79,15 @@ class Checkpoints(Callback):
         folder: The run's folder, which is locked against other runs; ``None``: nothing is saved.
         save_interval: Time between checkpoints, a Composer time string in batches, such as ``500ba``.
         num_to_keep: Number of newest checkpoints to keep, on this machine and in S3; -1 keeps all.
-        uploads: The run's uploads, if the folder is in a store.
+        uploads: The logger that uploads the run's files; ``None`` if the folder is in no store.
         advice: Text that follows the folder's name in the line that is printed after a signal.
         stop: The signal, updated at the end of each batch. Pass ``stop.ends_retrieval`` to ZeroShotRetrieval as
             ``should_stop``.
-        save_best: Also save the model with the highest ``metrics/mean/top1`` of ZeroShotRetrieval, in
-            ``best-rank0.pt``.
+        save_best: Also save a checkpoint, ``best-rank0.pt``, when ``metrics/mean/top1`` of ZeroShotRetrieval is the
+            highest so far.
 
     Attributes:
-        best: The highest ``metrics/mean/top1`` so far; -1 without an accuracy. Checkpoints keep ``best``.
+        best: With ``save_best``, the highest ``metrics/mean/top1`` so far, kept in checkpoints; -1 if there is none.
 
     Raises:
         InputError: Another run uses the folder, or the folder has files that are not this run's, or cannot be written.
@@ -132,7 +132,7 @@ class Checkpoints(Callback):
             self._save(state)
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        """Save the model if the mean top-1 accuracy is the highest so far."""
+        """With ``save_best``, save a checkpoint if the mean top-1 accuracy is the highest so far."""
         if self.folder is None or not self.save_best or state.dataloader_label != "retrieval":
             return
         mean = float(state.eval_metrics["retrieval"]["mean/top1"].compute())
@@ -182,7 +182,7 @@ class Checkpoints(Callback):
         """Set ``stop.signal`` on all ranks if a signal has reached any rank.
 
         Raises:
-            RunError: The run's folder was removed.
+            RunError: The run's folder or its lock file was removed.
         """
         is_removed = self.lock is not None and self.lock.is_removed()
         code = REMOVED if is_removed else STOPS.index(processes.received())
@@ -200,8 +200,8 @@ class Checkpoints(Callback):
     def begin(self) -> None:
         """Mark the folder, and its copy in a store, as the run's; call this method after all checks of the run.
 
-        Without a checkpoint in the folder, the log is deleted. If the store lacks the newest checkpoint, the checkpoint
-        is uploaded.
+        Without a checkpoint in the folder, the log is deleted. If the store lacks the folder's newest checkpoint, the
+        newest and the best checkpoint are uploaded.
 
         Raises:
             InputError: The store cannot be listed.

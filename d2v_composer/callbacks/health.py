@@ -40,9 +40,9 @@ def variance_over_inputs(x_BTD: Tensor, padding_mask: Tensor | None) -> Tensor:
 
 
 class Health(Callback):
-    """Measure the prediction of rank 0's last microbatch, and warn of problems.
+    """Measure the model's prediction for rank 0's last microbatch, and warn of problems.
 
-    Logged below ``health/``:
+    Logged with the prefix ``health/``:
 
     - ``prediction_variance`` and ``target_variance``: variance over the samples, averaged over tokens and channels;
     - ``prediction_error``: mean squared error;

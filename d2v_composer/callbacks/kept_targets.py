@@ -1,4 +1,4 @@
-"""Keep the teacher's targets of augmented samples that recur in later epochs (``train_loader.views``)."""
+"""Store the teacher's targets for fixed views of the images, which recur in later epochs (``train_loader.views``)."""
 
 import json
 import os
@@ -26,17 +26,17 @@ CHECKSUM = 8  # bytes after the targets of each augmented image
 
 
 class KeptTargets(Callback):
-    """Write each batch's targets to a file, from which later epochs read the targets.
+    """Store the teacher's targets in a file, from which later epochs read the targets.
 
-    The teacher runs again for a batch if the file lacks valid targets of a sample. At the end of the run, the file is
-    deleted.
+    The teacher runs again for a batch if the file lacks valid targets for any sample of the batch. At the end of the
+    run, the file is deleted.
 
     Args:
         path: The file, in the run's folder.
-        num_samples: Number of samples in the data set.
-        views: Number of augmented images that recur for each sample.
-        width: Number of values in the targets of an augmented image.
-        made_from: JSON values that identify the teacher and the settings from which targets are made.
+        num_samples: Number of images in the data set.
+        views: Number of fixed views (crops and flips) of each image, which the epochs use in turn.
+        width: Number of values in the targets of a view.
+        made_from: JSON values that identify the teacher and the settings on which the targets depend.
     """
 
     def __init__(self, path: Path, num_samples: int, views: int, width: int, made_from: object) -> None:
@@ -79,7 +79,7 @@ class KeptTargets(Callback):
     def collate(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Collate samples into a batch; add ``origin`` and, if the file has the targets of all samples, ``targets``.
 
-        ``origin``, (B,) int64, is a hash of each augmented image and of ``made_from``; ``targets`` is (B, width)
+        ``origin``, (B,) int64, is a hash of each view and of ``made_from``; ``targets`` is (B, width)
         float16.
         """
         batch, rows = default_collate(list(samples)), []

@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 class ProgressLogger(LoggerDestination):
     """Show on rank 0 the time left, the loss, the speed, the share of time spent waiting for data, and accuracies.
 
-    Accuracies are shown if their keys match ``ACCURACY``.
+    An accuracy is shown if its key matches the regular expression ``ACCURACY``.
 
     The speed and the share are logged by :class:`~d2v_composer.callbacks.Throughput`, and accuracies of retrieval by
     :class:`~d2v_composer.callbacks.ZeroShotRetrieval`.
@@ -113,7 +113,7 @@ def num_batches(state: State) -> int:
 class JSONLLogger(LoggerDestination):
     """Write a JSON line for each call of ``log_metrics``, on rank 0: ``{"step": batch, key: value, …}``.
 
-    A resumed run appends lines, after the removal of lines from batches that the run repeats.
+    A resumed run first removes the lines of the batches that it repeats, then appends lines.
 
     Args:
         filename: Path of the file; missing folders are created.
@@ -210,7 +210,8 @@ class Uploads(LoggerDestination):
 class RunMLFlowLogger(MLFlowLogger):
     """Composer's MLFlowLogger, with names of metrics that MLflow can store.
 
-    The key ``…/top1/output_cls`` becomes ``…/top1.output_cls``, and ``@`` becomes ``_``.
+    For example, ``…/top1/output_cls`` becomes ``…/top1.output_cls``, and ``…/agreement@10`` becomes
+    ``…/agreement_10``.
     """
 
     def rename(self, key: str) -> str:

@@ -30,7 +30,7 @@ class RunRecord(Callback):
     """Write the run's record to ``run.yaml``, and refuse to resume a run if a fixed key of the record has changed.
 
     Args:
-        record: The sections of ``run.yaml``, as plain containers, in which secrets are hidden.
+        record: The sections of ``run.yaml``, as plain containers; RunRecord hides secrets in them.
         folder: The folder for ``run.yaml``; ``None``: write no file.
         fixed: Dotted keys of the record that a resume must not change, besides :data:`IDENTITIES`.
         defaults: Default values of keys that a checkpoint's record may lack.

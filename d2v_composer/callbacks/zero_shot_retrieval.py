@@ -53,7 +53,7 @@ class ZeroShotRetrieval(Callback):
 
     Logged:
 
-    - ``metrics/{dataset}/{measure}``: the measure, from 0 to 1, of the model in the headline embedding;
+    - ``metrics/{dataset}/{measure}``: the measure, from 0 to 1, of the model's embedding ``headline``;
     - ``metrics/{dataset}/{baseline}/{measure}``: the measure of a baseline;
     - ``metrics/{dataset}/in_index/{measure}``: the measure of the student's queries in the teacher's bank;
     - ``metrics/mean/top1``: mean of the model's top-1 retrieval accuracies over data sets and banks;
@@ -124,7 +124,7 @@ class ZeroShotRetrieval(Callback):
         if not {*known} >= {*probes}:
             raise ValueError(f"probes must be among {', '.join(known)}, got {', '.join(probes)}")
         if "agreement" in probes and baselines is not None and TEACHER not in baselines:
-            raise ValueError("the probe agreement needs a baseline named teacher")
+            raise ValueError("probes: agreement needs a baseline named teacher")
         has_teacher = baselines is None or TEACHER in baselines  # else fit_start asks the model
         self.settings = Settings(
             headline,
@@ -201,7 +201,7 @@ class ZeroShotRetrieval(Callback):
         """
         before, now = self.conditions | state["conditions"], state["conditions"] | self.conditions
         if changes := "; ".join(find_changes("retrieval.datasets", before, now)):
-            raise InputError(f"{changes}; give the set another name, or restore its samples and settings")
+            raise InputError(f"{changes}; give the data set another name, or restore its samples and settings")
         for name in KEPT:
             setattr(self, name, state[name])
         self.conditions, self.results = now, read_results(state["results"])
@@ -241,7 +241,7 @@ class ZeroShotRetrieval(Callback):
         return {name: self.models[model].embedding for name, model in names.items() if model in self.models}
 
     def weights(self, rows: Sequence[Row]) -> dict[str, str]:
-        """Return name → hash of the weights, for the models in ``models`` that embed queries of the rows."""
+        """Return name of a model → hash of its weights, for those in ``models`` that embed the queries of ``rows``."""
         names = {name: {UNTRAINED: STUDENT}.get(name, name) for name in (row.queries.model for row in rows)}
         return {name: self.models[model].identify_weights() for name, model in names.items() if model in self.models}
 
@@ -300,7 +300,7 @@ class ZeroShotRetrieval(Callback):
 
 
 def run_evaluation_events(state: State, logger: Logger, metrics: Mapping[str, float]) -> None:
-    """Run the events of an evaluation with the given accuracies, for all callbacks except loggers."""
+    """Run Composer's EVAL_START and EVAL_END, with the accuracies as metrics, for all callbacks except loggers."""
     state.eval_metrics["retrieval"] = {}
     for key, accuracy in metrics.items():
         metric = MeanMetric(sync_on_compute=False)  # all ranks have the same accuracies

@@ -48,7 +48,8 @@ def embed_set(
         infos: Name of a model → description of the model's embedding, if known.
 
     Returns:
-        Name of a model → embedded set, which without ``settings.needs_all`` has only the headline and ``embedding``.
+        Name of a model → embedded set; without ``settings.needs_all``, only with the embedding that tables show and the
+        embedding named ``embedding``.
     """
     parts = ({"train": labeled.train} if labeled.has_labels else {}) | {"test": labeled.test}
     parts |= dict.fromkeys(VIEWS, labeled.test) if settings.needs(labeled, "views") else {}

@@ -35,11 +35,11 @@ from d2v_composer.system.files import check_out_file, write_atomically
 
 
 def cost(model: Backbone | Encoder | None, fitted_width: int = 0) -> dict[str, Any]:
-    """Return ``num_parameters``, the number of values in a model's state dict, and ``gflop``, for an image or 5-s clip.
+    """Return a dict with ``num_parameters``, buffers included, and ``gflop`` for one image or 5-s clip.
 
     Args:
         model: The model; ``None``: ``num_parameters`` and ``gflop`` are 0.
-        fitted_width: Number of outputs of an alignment that the model lacks but will get; 0 for none.
+        fitted_width: Number of outputs of an alignment that the model will get later, counted in; 0: no alignment.
     """
     if model is None:
         return {"num_parameters": 0, "gflop": 0.0}
@@ -58,7 +58,8 @@ def share_encoders(
     A shared encoder runs once for each batch, so call all functions under the same autocast.
 
     Args:
-        first: The model whose input and encoder give the baselines; without blocks after the encoder, only the input.
+        first: The model whose input and encoder are the baselines; a model without blocks after the encoder has only
+            the input as a baseline.
         models: Name → model.
         layer_mean: Settings of the ``layer_mean`` embeddings of all models.
         fill_to: Number of samples to which smaller batches are filled up; 0: batches keep their size.
@@ -135,7 +136,7 @@ class Evaluation:
 
         Args:
             folder: The folder.
-            context: Further entries of the JSON file, in which secrets are hidden.
+            context: Further entries of the JSON file; their secrets are hidden.
         """
 
         def cell(dataset: str, column: Column, interval: Interval) -> dict[str, Any]:
@@ -191,7 +192,7 @@ def read_evaluation(folder: Path, weights: str) -> dict[str, Any]:
 
 
 def check_replaceable(folder: Path, weights: str) -> None:
-    """Check that an evaluation's files can be written to a folder, and replace only results of the same weights.
+    """Check that an evaluation's files can be written to a folder, and would replace only results of these weights.
 
     Raises:
         InputError: A file cannot be written, or a file exists in a folder without results of these weights.
@@ -200,6 +201,6 @@ def check_replaceable(folder: Path, weights: str) -> None:
         check_out_file(path)
         if os.path.lexists(path) and not read_evaluation(folder, weights):
             raise InputError(
-                f"out: {path} exists, but {folder} has no results of these weights; remove the file, or choose another "
-                "folder"
+                f"out: {path} exists, but {folder} has no results of the same model and weights; remove the file, "
+                "or choose another folder"
             )

@@ -34,7 +34,7 @@ def measure(
     """Yield the results of all rows, the same on every rank.
 
     Args:
-        rows: The rows to measure.
+        rows: Rows of tables; each names the model that embeds the queries and the model that embeds the bank.
         embedded: Name of a model → result of :func:`~d2v_composer.evaluation.embedded_set.embed_set` for the set.
         dataset: Name of the set.
         labeled: The set.

@@ -164,11 +164,11 @@ class Ranks(NamedTuple):
         return torch.cat([mine, mine.new_zeros(missing)])
 
     def rows_of_rank(self, images: Tensor) -> Tensor:
-        """Return the rows at :meth:`indices_of_rank` of a tensor with a row for each sample, (N, …)."""
+        """Return this rank's rows, see :meth:`indices_of_rank`, of a tensor with a row for each sample, (N, …)."""
         return images if self.world_size == 1 else images[self.indices_of_rank(len(images)).to(images.device)]
 
     def gather(self, rows: Tensor, num_images: int) -> Tensor:
-        """Return the rows of all samples, (N, …), given on each rank the rows at :meth:`indices_of_rank`."""
+        """Return the rows of all samples, (N, …), on every rank, given this rank's rows."""
         if self.world_size == 1:
             return rows[:num_images]
         # Not all_gather: gloo's copies in its own threads, each of which starts a pool of OpenMP threads. If these are
@@ -184,7 +184,7 @@ ONE_RANK = Ranks()
 
 
 def vote(neighbors: TopK, bank_labels: Tensor, temperature: float | None) -> Tensor:
-    """Return for each query the label with the most votes of the neighbors, (Q,); the smallest label wins a tie.
+    """Return for each query, (Q,), the label with the most votes among its neighbors; the smallest label wins a tie.
 
     Args:
         neighbors: Neighbors from :func:`exact_neighbors`, (Q, K).

@@ -1,4 +1,4 @@
-"""Results of an evaluation, their intervals, and the teacher gap closed.
+"""Results of an evaluation, their intervals, and the fraction of the teacher gap that a student closes.
 
 Shapes: Q queries, K neighbors.
 """
@@ -46,8 +46,8 @@ class Result(NamedTuple):
     batch: int = 0
     """Number of training batches before a measurement during training; 0 for a measurement outside training."""
     nearest: Tensor | None = None
-    """Indices of the train samples or, without labels, of the other test samples nearest to each test sample, nearest
-    first, (Q, K) int32; ``None`` if the indices are not kept."""
+    """For each test sample, the indices of its K nearest train samples or, in a set without labels, of its K nearest
+    other test samples, nearest first, (Q, K) int32; ``None`` if the indices are not kept."""
 
     @property
     def accuracy(self) -> float:
@@ -104,7 +104,7 @@ def heading(texts: Mapping[str, str]) -> str:
 
 
 def label(row: str, text: str, of_table: str) -> str:
-    """Return a row's title, and the row's embedding if the table's title does not name this embedding.
+    """Return a row's title, with the row's embedding in parentheses if the table's title names another embedding.
 
     Args:
         row: Title of the row.
@@ -130,8 +130,9 @@ def accuracy_interval(hits: Hits) -> Interval:
 def are_comparable(*results: Result) -> bool:
     """Return True if the results of several models can be compared.
 
-    The data set, the column, the number of queries and the name of the embedding must be the same for all results.
-    Students' embeddings must have the same ``made_by``, and embeddings that are not raw the same space.
+    The data set, the column, the number of queries and the name of the embedding must be the same for all results. All
+    embeddings that are not the teacher's own must have the same ``made_by``. All embeddings that are not raw must be in
+    the same space.
     """
     ways = {result.info.made_by for result in results} - {"teacher"}
     places = {(result.dataset, result.column, len(result.hits)) for result in results}
@@ -141,7 +142,7 @@ def are_comparable(*results: Result) -> bool:
 
 
 class GapClosed(NamedTuple):
-    """The fraction of the teacher gap that the student closes."""
+    """The fraction of the teacher gap, the teacher's lead over the untrained student, that the student closes."""
 
     interval: Interval | None
     """The fraction with its interval; ``None`` if the fraction is too uncertain, or if the teacher is not better than
@@ -151,7 +152,10 @@ class GapClosed(NamedTuple):
 
 
 def gap_closed(cells: Mapping[str, Result]) -> GapClosed | None:
-    """Return the teacher gap closed in a column, given title of a row → result.
+    """Return the fraction of the teacher gap that the student closes in a column.
+
+    Args:
+        cells: Title of a row → result in the column.
 
     Returns:
         ``None`` if results of the untrained student, the student or the teacher are missing or not comparable.
@@ -184,17 +188,19 @@ def round_up(number: int) -> int:
 def gap_closed_by_step(
     log: Log, dataset: str, embedding: str = "", k: int = 1, baselines: Log | None = None
 ) -> dict[int, float]:
-    """Return the teacher gap closed in top-k retrieval, averaged over the banks with a teacher gap above 0.
+    """Return the fraction of the teacher gap that the student closes in top-k retrieval, after each measurement.
+
+    The fraction is the mean over the banks with a teacher gap above 0.
 
     Args:
         log: Log of the student's run.
         dataset: Name of the data set.
-        embedding: Name of the embedding; '' for the headline.
+        embedding: Name of the embedding; '' for the embedding that tables show.
         k: Number of neighbors.
         baselines: Log with the accuracies of the untrained student and of the teacher; default: ``log``.
 
     Returns:
-        Number of training batches → teacher gap closed; empty if no bank has a teacher gap above 0.
+        Number of training batches → fraction; empty if no bank has a teacher gap above 0.
     """
     values: dict[int, list[float]] = {}
     for bank in BANKS:

@@ -18,7 +18,7 @@ class Side(NamedTuple):
 
     model: str
     embedding: str = ""
-    """Name of the embedding; '' for the headline."""
+    """Name of the embedding; '' for the embedding that tables show."""
 
 
 class Row(NamedTuple):
@@ -82,10 +82,10 @@ class Row(NamedTuple):
 
 
 def find_headline(headline: str, names: Collection[str], info: EmbeddingInfo | None) -> str:
-    """Return the name of a model's embedding that tables show.
+    """Return the name of the embedding that tables show for a model: ``headline`` or, if it is missing, a replacement.
 
     Raises:
-        ValueError: The model has several embeddings, none of which can replace the headline.
+        ValueError: The model has several embeddings, but neither ``headline`` nor a replacement.
     """
     of = info.of if info is not None and headline == EMBEDDING else headline
     for name in (headline, of, of.replace("layer_mean", "output"), "output_cls", "output_mean"):
@@ -125,6 +125,6 @@ def rows_of(models: Collection[str], infos: Mapping[str, EmbeddingInfo] = {}) ->
 
 
 def metric_key(dataset: str, column: Column, embedding: str = "", row: str = STUDENT) -> str:
-    """Return the log key of an accuracy; by default, the key of the student's accuracy in the headline."""
+    """Return the log key of an accuracy; by default, of the student's accuracy in the embedding that tables show."""
     key = ROWS[row].key if row in ROWS else row
     return "/".join(filter(None, ["metrics", dataset, key, column.key, embedding]))

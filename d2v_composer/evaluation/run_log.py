@@ -14,7 +14,7 @@ Log = Mapping[str, Mapping[int, float]]
 
 
 def read_lines(path: Path) -> list[tuple[bytes, int, dict[str, float]]]:
-    """Return the lines of a log, each with step and values by key; corrupt lines are skipped with a warning."""
+    """Return each line of a log as bytes, with its step and its values by key; skip corrupt lines with a warning."""
     lines, entries = path.read_bytes().splitlines(), []
     for line in lines:
         with suppress(ValueError, TypeError, AttributeError, KeyError, RecursionError):

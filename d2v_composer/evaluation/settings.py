@@ -22,7 +22,7 @@ class Settings(NamedTuple):
     ks: Sequence[int]
     """Numbers of neighbors for top-k accuracies."""
     probes: Collection[str]
-    """Names of the metrics besides retrieval for sets with labels."""
+    """Names of the metrics to measure, besides retrieval, on sets with labels."""
     augment: Augmentation | None
     """The augmentation that makes the two views of a sample; ``None``: metrics that need views are left out."""
     batch_size: int
@@ -30,7 +30,7 @@ class Settings(NamedTuple):
     has_teacher: bool = False
     """True: the teacher is one of the models; False: metrics that need the teacher are left out."""
     needs_all: bool = False
-    """Measure every embedding of each model, not only the embedding that tables show."""
+    """True: measure every embedding of each model; False: measure only the embedding that tables show."""
     to_device: Callable[[Tensor], Tensor] = lambda tensor: tensor
     """Moves a tensor to the device that embeds and searches."""
     before_batch: Callable[[], None] = lambda: None

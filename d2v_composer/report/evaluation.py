@@ -18,7 +18,8 @@ def write_evaluation(
 
     Args:
         evaluation: The results.
-        folder: The folder, in which existing files of these names are replaced.
+        folder: The folder. Existing files of these names are replaced; without speeds, an old ``evaluation.png`` is
+            removed.
         title: Title of the page.
         modality: Modality of the evaluated model's samples.
         context: Further entries of the JSON file.

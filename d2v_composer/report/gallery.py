@@ -72,10 +72,10 @@ def galleries(
             of, marks = (
                 ("train", "✓ marks the query's class, ✗ another class")
                 if labeled.has_labels
-                else ("other test", "✓ marks what both models find")
+                else ("other test", f"✓ marks {unit} that both models find")
             )
             beside = " and in its teacher's embedding" if TEACHER in nearest else ""
-            about = f"A query, then the nearest {of} {unit} in the student's embedding{beside}"
+            about = f"Each row shows a query, then its nearest {of} {unit} in the student's embedding{beside}"
             yield name, f"{about}; {marks}.", gallery(labeled, chosen, nearest)
 
 

@@ -62,7 +62,7 @@ def curves(run: Run) -> Iterator[tuple[str, Figure]]:
 
 
 def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
-    """Yield the name and the figure of each plot of accuracies, or of the teacher gap closed, on a data set."""
+    """Yield the name and the figure of each plot that shows accuracies, or the teacher gap closed, on a data set."""
     for dataset in run.retrieval["datasets"]:
         ks, plots = sorted(run.retrieval["ks"]), dict[tuple[str, str], list[Column]]()
         measured = {result.column.key: result.column for result in run.results if result.dataset == dataset}
@@ -85,14 +85,14 @@ def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
                 f"gap_closed_{dataset}",
                 gap_plot(
                     f"How much of the teacher gap is closed?\n{dataset}, top-{ks[0]}, "
-                    "mean of the banks in which the teacher is better",
+                    "mean over the banks with a teacher gap above 0",
                     lines,
                 ),
             )
 
 
 def gap_plot(title: str, lines: Mapping[str, Line]) -> Figure:
-    """Plot the teacher gap closed over the training steps, with lines for the untrained student and the teacher."""
+    """Plot the closed fraction of the teacher gap over the training steps; untrained student: 0, teacher: 1."""
     levels: dict[str, Line] = {TEACHER: (1, {"color": "k"}), UNTRAINED: (0, {"color": "k", "linestyle": ":"})}
     # Where the gap is small, a share may be anything.
     return plot(title, "%", {**lines, **levels}, limits=(-0.3, 1.3))

@@ -132,7 +132,7 @@ def _next(run: Run, dataset: str, column: Column, cells: Mapping[str, Result], g
         if cells[STUDENT].accuracy > cells[UNTRAINED].accuracy:
             return f"Measure the student on more test {unit}."
     elif gap.interval.value >= ENOUGH:
-        return "Export or fine-tune the student: little of the teacher gap is left."
+        return "Export or fine-tune the student: it has come most of the way to its teacher."
     if gap.interval is None or gap.interval.low <= 0:
         return "Train the student longer: so far, it is not clearly better than the untrained student."
     untrained, student, teacher = (cells[row].accuracy for row in GAP)

@@ -100,9 +100,9 @@ def percent(interval: Interval, decimals: int = 1) -> str:
 
 
 def study_table(logs: Mapping[str, Log]) -> str:
-    """Return a table of each run's top-1 accuracies and teacher gap closed on ``DATASET``, loss and training time.
+    """Return a table with a row for each run: top-1 accuracies and teacher gap closed on ``DATASET``, loss, and time.
 
-    The loss is the mean of the last 100 logged values; the training time, in seconds, excludes evaluations.
+    The loss is the mean of the last 100 logged values. The time is the training time in seconds, without evaluations.
 
     Args:
         logs: Name of a run → log; the first run must have measured the untrained student and the teacher.

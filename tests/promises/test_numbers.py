@@ -258,8 +258,9 @@ def test_an_evaluation_replaces_only_its_own(labeled: Path, tmp_path: Path) -> N
     for name, content in (*taken, ("evaluation.json", '{"a": 1}')):
         (out / name).write_text(content)
         ended = d2v(*command, f"out={out}")
-        expected = f"error: out: {out / name} exists, but {out} has no results of these weights; remove the file, or "
-        assert (failure(ended, 2), "embedding" in ended.stdout) == (f"{expected}choose another folder", False)
+        expected = f"error: out: {out / name} exists, but {out} has no results of the same model and weights; "
+        expected += "remove the file, or choose another folder"
+        assert (failure(ended, 2), "embedding" in ended.stdout) == (expected, False)
         assert [path.read_text() for path in out.iterdir()] == [content]
         (out / name).unlink()
     for changes in ([], ["probes=[knn]"]):  # the same model's

@@ -69,7 +69,7 @@ def scores(column: str, untrained: float, student: float, teacher: float) -> tup
             None,
             "Train the student longer: so far, it is not clearly better than the untrained student.",
         ),
-        ((0.2, 0.5, 0.58), None, "Export or fine-tune the student: little of the teacher gap is left."),
+        ((0.2, 0.5, 0.58), None, "Export or fine-tune the student: it has come most of the way to its teacher."),
     ],
     ids=["rising", "flat", "a CNN, falling", "as untrained", "enough"],
 )

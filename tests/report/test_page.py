@@ -322,7 +322,7 @@ def test_a_set_without_labels_has_a_gallery(small_data: Path, images: Path, tmp_
         assert [sum(each.title == model and each.mark == "✓" for each in row) for row in rows] == shared
     assert 0 < sum(shared) < 90
     page.write_report(run, tmp_path / "run")
-    assert "the nearest other test images" in (tmp_path / "run" / "report.html").read_text()
+    assert "its nearest other test images" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_training_succeeds_even_if_its_report_fails(

@@ -1,4 +1,7 @@
-"""Instance retrieval: is the second augmented view of a test sample among the k second views nearest to the first?"""
+"""Instance retrieval: are the two augmented views of a test sample near to each other?
+
+A test sample is a hit if its second view is among the k second views that are nearest to its first view.
+"""
 
 from collections.abc import Mapping, Sequence
 

@@ -11,7 +11,7 @@ from d2v_composer.evaluation.metrics.knn import CLASSIFIERS
 from d2v_composer.evaluation.metrics.metric import Column, Metric, Pair
 
 warn_once = cache(logging.getLogger(__name__).warning)
-"""Logs each warning once in a process."""
+"""Logs each warning only once per process."""
 
 
 def columns(ks: Sequence[int], sizes: Mapping[str, int]) -> list[Column]:

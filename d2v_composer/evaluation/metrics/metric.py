@@ -26,7 +26,7 @@ class Table(NamedTuple):
     title: str
     """The beginning of the table's title."""
     question: str
-    """The first line of the plots' titles, in which {unit} stands for the samples' unit."""
+    """The first line of the plots' titles, in which {unit} stands for the name of the samples, such as images."""
 
 
 class Column(NamedTuple):
