@@ -1,4 +1,4 @@
-"""Alignments: linear maps from a model's raw embeddings to the model's embedding; and their fit in closed form.
+"""Alignments: linear maps from a model's raw embeddings (pooled features) to the embedding that the model returns.
 
 Shapes: B samples of a batch, N pairs, I channels of concatenated raw embeddings, P channels of the embedding, S ridge
 strengths.
@@ -48,7 +48,7 @@ class EmbeddingInfo(NamedTuple):
         return self.space == other.space != ""
 
     def in_words(self, name: str) -> str:
-        """Return the words for the embedding ``name`` in tables, such as "the teacher's output_cls"."""
+        """Return the label of the embedding ``name`` in tables, such as "the teacher's output_cls"."""
         if name != EMBEDDING or self.of == EMBEDDING:
             return name
         return f"raw {self.of}" if self.made_by == "raw" else f"the teacher's {self.of}"
@@ -147,11 +147,14 @@ class Moments:
         |Y - XW - b|² + ridge |W|².
 
         Raises:
-            ValueError: There are fewer than ``MIN_PAIRS`` pairs, or embeddings are not finite or all alike.
+            ValueError: There are fewer than ``MIN_PAIRS`` pairs, a number is not finite, or all inputs or all targets
+                are alike.
         """
         fitted, held_out = (sums.cpu() for sums in self.sums)
-        if self.count < MIN_PAIRS or not (fitted + held_out).isfinite().all():
-            raise ValueError(f"expected at least {MIN_PAIRS} pairs, with finite embeddings; got {self.count} pairs")
+        is_finite = bool((fitted + held_out).isfinite().all())
+        if self.count < MIN_PAIRS or not is_finite:
+            found = f"{self.count} pairs" + ("" if is_finite else ", not all finite")
+            raise ValueError(f"expected at least {MIN_PAIRS} pairs of finite embeddings, got {found}")
         inputs, targets = self.inputs, self.targets
         means, values_I, basis_II, products_IP = self._decomposed(fitted)
         scatter = scatter_about(held_out, means)
@@ -162,7 +165,9 @@ class Moments:
         shrink_SI = torch.stack([1 / (values_I + strength * values_I.mean()) for strength in STRENGTHS])
         errors_S = total - 2 * shrink_SI @ linear_I + (shrink_SI @ square_II * shrink_SI).sum(dim=1)
         if total <= 1e-12 * held_out[1:, 1:][targets, targets].trace() or not errors_S.isfinite().all():
-            raise ValueError(f"expected embeddings that differ, got {self.count} pairs that are alike")
+            raise ValueError(
+                f"expected embeddings that differ from pair to pair, but they are alike in all {self.count} pairs"
+            )
         if whole:
             means, values_I, basis_II, products_IP = self._decomposed(fitted + held_out)
         ridge = STRENGTHS[int(errors_S.argmin())] * values_I.mean()

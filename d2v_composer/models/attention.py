@@ -147,7 +147,7 @@ class FfnBlock(nn.Module, ABC):
 
         Args:
             x_BTD: The block's input.
-            context: An attention bias, which broadcasts to (B, H, T, T), rotary positions, or ``None``.
+            context: An attention bias that broadcasts to (B, H, T, T); or rotary positions; or ``None``.
             needs_output: If false, the block's output is ``None``.
         """
 

@@ -240,7 +240,7 @@ class EatEncoder(Waveforms, Data2Vec2Encoder):
         return Inputs(parts, lengths_BW.flatten().clamp(min=FRAME), shares_BW)
 
     def padding_mask(self, lengths: Tensor | None, num_samples: int | None = None) -> None:
-        """Return ``None``: the zeros with which a spectrogram is padded count like sound."""
+        """Return ``None``: EAT treats the zeros that pad a spectrogram like sound."""
 
     def embed_tokens(self, inputs: Inputs) -> Tensor:
         x_BND = self.local_features(inputs.values, inputs.lengths)

@@ -1,5 +1,6 @@
 """Models that turn inputs into features, and features into embeddings: the base of teachers and students.
 
+A model's raw embeddings are its pooled features, such as ``output_mean``, and a timm teacher's ``joint``.
 Shapes: B inputs, T tokens, D channels, H heads, P channels of the embedding.
 """
 
@@ -40,7 +41,7 @@ def frozen_use() -> Iterator[None]:
 
 
 def freeze_unused_parameters(model: nn.Module, result: Tensor) -> None:
-    """Freeze the parameters of a model on which a result does not depend."""
+    """Freeze those parameters of a model that do not influence ``result``."""
     if result.requires_grad:
         result.sum().backward()
     for parameter in model.parameters():
@@ -155,10 +156,10 @@ class Backbone(nn.Module, ABC):
         return self.describe(EMBEDDING)
 
     made_by: MadeBy = "raw"
-    """What makes the model's embedding if there is no alignment."""
+    """The ``made_by`` of :attr:`embedding` if there is no alignment."""
 
     def identify_weights(self) -> str:
-        """Return a hash that identifies a teacher by its weights and preprocessing, or a student by its weights."""
+        """Return a hash of a teacher's weights and preprocessing, or of a student's sizes and trained weights."""
         # A run may hold frozen parts in another dtype than a file. A trained encoder is frozen once it is loaded.
         trained = ("encoder.",) if has_tuned_encoder(self.provenance) else ()
         left_out = tuple(prefix for prefix in frozen_prefixes(self) if not prefix.startswith(trained))
@@ -215,7 +216,7 @@ class Backbone(nn.Module, ABC):
         self.alignment = Alignment(self.alignment_inputs, weight.to(device), bias.to(device), of, made_by, space)
 
     def train_alignment(self, teachers: EmbeddingInfo) -> None:
-        """Set an alignment with random weights, to be trained to estimate the embedding ``teachers``."""
+        """Set an alignment with random weights; training makes it estimate the teacher's embedding, ``teachers``."""
         width = sum(map(self.width_of, self.alignment_inputs))
         weight = nn.init.normal_(torch.empty(teachers.width, width), std=0.02)
         self.align(weight, torch.zeros(teachers.width), teachers.of, "training", teachers.space)
@@ -245,7 +246,7 @@ class Backbone(nn.Module, ABC):
             return self.encoder(Inputs(images, lengths)).x
 
     def forward_blocks(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Return the model's output and every FFN output, (B, T, D) each, given the result of :meth:`encode`.
+        """Return the model's output and each block's FFN output, (B, T, D) each, given the result of :meth:`encode`.
 
         ``padding_mask``, (B, T), is true for padding.
 
@@ -331,15 +332,16 @@ class Backbone(nn.Module, ABC):
     ) -> Tensor:
         """Return the embedding of each image or clip, (B, P) float32, without gradient.
 
-        The default is the embedding that :attr:`embedding` describes. ``pooling`` or ``representation`` chooses a raw
-        embedding.
+        The default is the embedding that :attr:`embedding` describes. With ``pooling`` or ``representation``, return
+        the raw embedding that they name, which is not aligned.
 
         Args:
             images: Images, (B, 3, height, width) uint8 of any size, or float of the model's size and normalized with
                 ``encoder.config.image_mean`` and ``encoder.config.image_std``. For an audio model: waveforms, (B, L)
                 float from -1 to 1, 16 kHz mono.
             pooling: ``cls``; ``mean``, of all tokens; or ``mean_patches``, of patches or frames.
-            representation: ``output``, of the last block; or ``layer_mean``, the normalized mean of the FFN outputs.
+            representation: ``output``, of the last block; or ``layer_mean``, the mean of the blocks' normalized FFN
+                outputs.
             lengths: Number of samples of each waveform in a padded batch, (B,) int64.
 
         Raises:
@@ -376,7 +378,7 @@ class Transformer(Backbone):
 
     @abstractmethod
     def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
-        """Return, for each block, an attention bias, which broadcasts to (B, H, T, T), rotary positions or ``None``.
+        """Return for each block an attention bias that broadcasts to (B, H, T, T), or rotary positions, or ``None``.
 
         ``padding_mask``, (B, T), is true for padding.
         """

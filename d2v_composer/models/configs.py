@@ -47,7 +47,7 @@ CONVOLUTIONS = re.compile(r"\[((?:\(\d{1,9},\d{1,9},\d{1,9}\)(?:,|(?=\])))+)\](?
 SAMPLE_RATE = 16_000
 """Samples per second of a waveform."""
 NUM_MELS, EAT_PATCH = 128, 16
-"""Number of channels of a log-mel spectrogram, and number of frames and of channels in a patch of EAT."""
+"""Number of channels of a log-mel spectrogram; side of EAT's square patches, in frames and in channels."""
 
 Depth = Annotated[int, Field(ge=1, le=MAX_DEPTH)]
 Width = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
@@ -133,8 +133,8 @@ class Data2Vec2EncoderConfig(Config):
     num_alibi_heads: NonNegativeInt = 0
     """Number of heads with ALiBi; 0: no ALiBi."""
     alibi_scale_shape: Tuple[int] | None = None
-    """Shape of ALiBi's learned factors, (L or 1, 1, H or 1, 1, 1), for L blocks and H heads with ALiBi; ``None``: no
-    learned factors."""
+    """Shape of ALiBi's learned factors: (L, 1, H, 1, 1) for L blocks and H heads with ALiBi, with 1 in place of L or H
+    if all blocks or all heads have the same factor. ``None``: no learned factors."""
     is_normalized: ClassVar = True
 
     @property
@@ -148,10 +148,9 @@ class Data2Vec2EncoderConfig(Config):
             raise ValueError(f"num_heads must divide embed_dim {self.embed_dim}, got {self.num_heads}")
         shape, heads = self.alibi_scale_shape, self.num_alibi_heads
         if shape is not None and (not heads or shape[1:] not in [(1, count, 1, 1) for count in (1, heads)]):
-            raise ValueError(
-                f"alibi_scale_shape must be null or, with ALiBi, (number of blocks or 1, 1, {heads} or 1, 1, 1), got "
-                f"{short(shape)}"
-            )
+            factors = f"null or (L, 1, H, 1, 1), where L is 1 or the number of blocks, and H is 1 or {heads}"
+            allowed = factors if heads else "null if num_alibi_heads is 0"
+            raise ValueError(f"alibi_scale_shape must be {allowed}, got {short(shape)}")
 
 
 class ImageConfig(Config):
@@ -229,7 +228,7 @@ class AudioEncoderConfig(Data2Vec2EncoderConfig, SoundConfig):
     feature_encoder_spec: str = Field(
         default="[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]", max_length=1000
     )
-    """Lists of tuples (channels, kernel, stride), one for each convolution, in fairseq's notation."""
+    """(channels, kernel, stride) of each convolution, in fairseq's notation."""
     conv_pos_width: Depth = 95
     conv_pos_groups: Depth = 16
     conv_pos_depth: Depth = 5
@@ -408,8 +407,8 @@ class TargetOptions(BaseModel):
     source: TargetSource = "ffn"
     """``ffn``: the FFN outputs of the teacher's blocks. ``block``: the outputs of the teacher's blocks."""
     average_top_k_layers: Annotated[int, Field(ge=1)] | None = None
-    """Number of the teacher's last blocks that the target averages; null: all blocks after the encoder, but for
-    data2vec 2.0 and EAT at most the number in pre-training."""
+    """Number of the teacher's last blocks that the target averages; null: all blocks after the encoder; for
+    data2vec 2.0 and EAT, at most as many as in pre-training."""
     normalization: Normalization | None = None
     """Normalization of each layer in the target and in ``layer_mean``. ``instance``: over tokens, as in data2vec
     2.0. ``layer``: over channels. null: ``layer`` if ``student.model`` is set, else ``instance``."""

@@ -51,7 +51,7 @@ class Inputs(NamedTuple):
     """If ``values`` are W windows of each clip, (B·W, L): the weight of each window in the clip's embedding, (B, W)."""
 
     def filled_up(self, missing: int) -> "Inputs":
-        """Append ``missing`` inputs of zeros to the batch; pad clips that have ``lengths`` to one of a few sizes."""
+        """Append ``missing`` inputs of zeros to the batch; if it has ``lengths``, pad clips to one of a few lengths."""
         # A compiled model needs a graph for each length; there are eight lengths from a power of two to the next.
         values, lengths, _ = self
         size, more = values.shape[-1], 0
@@ -75,7 +75,7 @@ class Tokens(NamedTuple):
 
 
 class Freezable(nn.Module):
-    """A module that stays in eval mode and gets no gradient after :meth:`freeze` was called."""
+    """A module that stays in eval mode and gets no gradient once :meth:`freeze` has been called."""
 
     is_frozen = False
 
@@ -168,7 +168,7 @@ class Encoder(Freezable):
 
     @property
     def free_axes(self) -> dict[int, tuple[str, int, int]]:
-        """Index of each free dimension of an exported program's inputs → name, least size, largest size."""
+        """Dynamic dimensions of an exported program's inputs: index → (name, smallest size, largest size)."""
         return {0: ("batch", 1, 1 << 16)}
 
     def windows(self, inputs: Inputs) -> Inputs:
@@ -212,8 +212,8 @@ class Data2Vec2Encoder(Encoder):
     A subclass adds its layers, then calls :meth:`add_blocks`.
 
     Attributes:
-        alibi_scale: Learned factors of ALiBi's bias, (L or 1, 1, H or 1, 1, 1) for L blocks and H heads with ALiBi; or
-            ``None``.
+        alibi_scale: Learned factors of ALiBi's bias, or ``None``; for their shape, see
+            :attr:`~d2v_composer.models.configs.Data2Vec2EncoderConfig.alibi_scale_shape`.
     """
 
     extra_tokens: nn.Parameter | None

@@ -52,7 +52,7 @@ class Features:
     def of_layer(
         cls, x_BTD: Tensor, num_extra_tokens: int, has_cls_token: bool, pooled: Tensor | None = None
     ) -> "Features":
-        """Return the features of a model whose only layer is ``x_BTD``."""
+        """Return the features of a model whose only layer outputs ``x_BTD``."""
         return cls(lambda _: [(x_BTD, x_BTD)], 1, nn.Identity(), num_extra_tokens, has_cls_token, pooled=pooled)
 
     def layers(self, source: TargetSource = "ffn") -> Iterator[Tensor]:

@@ -100,7 +100,7 @@ class FrozenModel(Teacher):
         if shape[0] != shape[1] or rows != columns or shape[0] % rows:
             raise ValueError(
                 f"depth: blocks need a square grid of whole, square patches, got {rows} x {columns} for {shape} pixels"
-                "; choose a student that is a timm model, student.model=timm/NAME"
+                "; a student that is a timm model (model=timm/NAME) needs no such grid"
             )
         config = ImageEncoderConfig(
             embed_dim=dim,

@@ -28,11 +28,11 @@ PrecisionName = Literal["fp32", "amp_bf16", "amp_fp16"]
 PrecisionChoice = Literal["auto", "fp32", "amp_fp16", "amp_bf16"]
 """``auto``: see :func:`~d2v_composer.models.precision.name_precision`."""
 Prediction = Literal["layer_mean", "last_block"]
-"""Prediction of the target: the normalized mean of the student's FFN outputs, or the last block's output."""
+"""Prediction of the target: the mean of the student's normalized FFN outputs, or the last block's output."""
 Normalization = Literal["instance", "layer"]
 """Normalization of each layer before the average: ``instance``, over tokens, or ``layer``, over channels."""
 TargetSource = Literal["ffn", "block"]
-"""Layers that the target averages: the FFN outputs, or the outputs, of the teacher's blocks."""
+"""What the target averages: the FFN outputs of the teacher's blocks, or the blocks' outputs."""
 ExtraTokens = Literal["regress", "drop"]
 """Treatment of CLS and registers; see :class:`~d2v_composer.models.configs.TargetOptions`."""
 Weights = Literal["model", "ema"]

@@ -1,4 +1,4 @@
-"""Compute targets, raw embeddings, and the normalized mean of a model's layers.
+"""Compute targets, raw embeddings (pooled features), and the mean of a model's normalized layers.
 
 Shapes: B inputs, E extra tokens, N patches or frames, T = E + N time steps (tokens), D channels.
 Source: data2vec 2.0 (Baevski et al. 2022, arXiv:2212.07525), section 3; fairseq ``make_targets``.
@@ -158,7 +158,7 @@ class LayerMean(nn.Module):
         return LayerMean(normalization or self.normalization, is_final)
 
     def forward(self, layers: Iterable[Tensor], features: Features, num_dropped: int = 0) -> Tensor:
-        """Compute the normalized mean of layers, (B, T, D) float32.
+        """Compute the mean of the normalized layers, (B, T, D) float32.
 
         Padding and the first ``num_dropped`` tokens do not count in InstanceNorm's statistics.
         """
@@ -178,7 +178,7 @@ def embeddings_of(features: Features, layer_mean: LayerMean) -> dict[str, Tensor
 
 
 def names_of(layer_mean: LayerMean, has_cls_token: bool) -> list[str]:
-    """Return the names of a model's raw embeddings of ``output`` and ``layer_mean``.
+    """Return the names of a model's raw embeddings that are poolings of ``output`` or ``layer_mean``.
 
     Without a final LayerNorm, an instance-normalized ``layer_mean`` lacks the poolings ``mean`` and ``mean_patches``.
     """

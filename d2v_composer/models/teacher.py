@@ -43,7 +43,7 @@ class Teacher(Backbone, Freezable):
         self.raw_embedding = name or self.raw_embedding
 
     def student_encoder(self) -> Encoder:
-        """Return the encoder for a student's blocks: this teacher's encoder, or a new encoder, which is trained.
+        """Return the encoder for a student's blocks: this teacher's encoder, or a new encoder to be trained.
 
         Raises:
             ValueError: No encoder can be built for this teacher's grid of patches.
@@ -82,7 +82,7 @@ class Teacher(Backbone, Freezable):
     def targets(
         self, x: Tensor, extra_tokens: ExtraTokens = "regress", padding_mask: Tensor | None = None, **options: Any
     ) -> Tensor:
-        """Compute the regression targets: the normalized mean of the teacher's last layers.
+        """Compute the regression targets: the mean of the teacher's normalized last layers.
 
         Args:
             x: Tokens, (B, T, D), from :meth:`encode`.
@@ -195,7 +195,7 @@ class Teacher(Backbone, Freezable):
             name: value for name, value in options.items() if name == "normalization" or value != defaults.get(name)
         }
         if not_its := sorted(options.keys() - {"normalization", "final_layer_norm"}):
-            raise ValueError(f"{not_its[0]}: applies only to blocks on an encoder; leave it out for {model}")
+            raise ValueError(f"{not_its[0]}: cannot be set for a student that is a timm model ({model}); leave it out")
         sizes = self.encoder.config
         if sizes.modality != "image":
             raise ValueError(f"model: {model} takes images, but this teacher takes {sizes.modality}")

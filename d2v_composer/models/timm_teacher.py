@@ -53,7 +53,8 @@ class Kind(NamedTuple):
     is_post_norm: bool = False
     """True if each branch ends with a LayerNorm, before the residual sum."""
     scale: str = "gamma_{}"
-    """Name of the attribute that holds the LayerScale of branch 1 or 2: a parameter, a module, or ``None``."""
+    """Name of the attribute that holds a branch's LayerScale, with {} for the branch's number, 1 or 2. The LayerScale
+    is a parameter, a module or ``None``."""
 
 
 KINDS: dict[type[nn.Module], Kind] = {
@@ -158,9 +159,9 @@ def take_contexts(model: TimmModule) -> FixedContexts:
 
 
 def take_relative_bias(model: TimmModule) -> Tensor | None:
-    """Remove the relative biases from a BEiT model, and return them, (L or 1, 1, H, T, padded T), or ``None``.
+    """Remove the relative biases from a BEiT model, and return them, (L, 1, H, T, padded T), or ``None``.
 
-    A bias that all blocks share is added to each block's bias.
+    A bias that all blocks share is added to each block's own bias; if no block has its own, L is 1.
     """
     attentions = [block.attn for block in model.blocks if block.attn.relative_position_bias_table is not None]
     biases = [gather(attention) for attention in attentions]
@@ -193,7 +194,7 @@ def build_timm_model(model: str, image_size: ImageSize | str | None = None, num_
     built = create_on_meta(name)
     if not isinstance(built, CLASSES):
         raise ValueError(
-            f"{model} is a {type(built).__name__}; only timm's classes "
+            f"{model} is a {type(built).__name__}; only models of timm's classes "
             f"{', '.join(kind.__name__ for kind in CLASSES)} can be teachers"
         )
     stem: TimmModule = built.patch_embed
@@ -400,7 +401,8 @@ class TimmTeacher(Transformer, Teacher):
         blocks, name = [block.block for block in self.block_list], self.config.model
         if init == "teacher_blocks":
             raise ValueError(
-                f"init teacher_blocks needs data2vec 2.0's post-norm blocks, but {name} has {type(blocks[0]).__name__}"
+                f"init teacher_blocks needs data2vec 2.0's post-norm blocks, but the blocks of {name} are timm's "
+                f"{type(blocks[0]).__name__}"
             )
         if self.contexts.table is not None:
             raise ValueError(

@@ -1,6 +1,7 @@
 """Attention: the ALiBi bias, its shape, and the kernels that take it."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from d2v_composer.models.attention import SHORT_SEQUENCE, Alibi, Attention, Block, manhattan_distance
+from d2v_composer.models.configs import ImageEncoderConfig
 
 
 def build_alibi(columns: int, num_heads: int = 6, num_alibi_heads: int = 6, num_extra: int = 1) -> Alibi:
@@ -25,6 +27,20 @@ def test_bias_is_the_distance_on_the_grid() -> None:
     assert not bias[:, :, :2].any()
     assert not bias[4:].any()
     assert bias[1, 2, 10] == -4 * 2.0**-4
+
+
+@pytest.mark.parametrize(
+    ("num_alibi_heads", "allowed"),
+    [
+        (0, "null if num_alibi_heads is 0"),
+        (4, "null or (L, 1, H, 1, 1), where L is 1 or the number of blocks, and H is 1 or 4"),
+    ],
+)
+def test_a_wrong_shape_of_the_factors_is_refused(num_alibi_heads: int, allowed: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"^alibi_scale_shape must be {re.escape(allowed)}, got {re.escape('(1, 12)')}$"
+    ):
+        ImageEncoderConfig(num_alibi_heads=num_alibi_heads, alibi_scale_shape=(1, 12))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -175,8 +175,8 @@ def test_ranks_may_normalize_together(trained: Path, small_data: Path, tmp_path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("student.depth=3", "student: depth: applies only to blocks on an encoder"),
-        ("student.init=teacher_blocks", "student: init: applies only to blocks on an encoder"),
+        ("student.depth=3", "student: depth: cannot be set for a student that is a timm model"),
+        ("student.init=teacher_blocks", "student: init: cannot be set for a student that is a timm model"),
         ("student.model=resnet18", "student.model: must be timm/NAME"),
         ("student.model=timm/no_such", "student: model: no model 'timm/no_such'"),
         (

@@ -230,7 +230,7 @@ TEXTS = "retrieval.datasets.four.class_embeddings"
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ("teacher.model=timm/resnet18", "is a ResNet; only timm's classes VisionTransformer, Eva, Beit can be teach"),
+        ("teacher.model=timm/resnet18", "is a ResNet; only models of timm's classes VisionTransformer, Eva, Beit can"),
         ("teacher.first_blocks=6", "teacher.first_blocks must be a whole number from 0 to 5, got 6"),
         ("teacher.image_size=40", "image_size must be a multiple of the patch size, 16 x 16 pixels, got 40 x 40"),
         ("student.init=teacher_blocks", "init teacher_blocks needs data2vec 2.0's post-norm blocks"),
