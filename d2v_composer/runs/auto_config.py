@@ -77,7 +77,7 @@ class Request(NamedTuple):
         return self.out / SETTINGS
 
     def check(self, **more: Json) -> Record:
-        """Check that an earlier call in the folder ``out``, if any, had the same source, teacher and column.
+        """Check that an earlier call with this ``out``, if any, had the same source, teacher and column.
 
         Args:
             **more: Further facts that must be the same, such as the number of samples.
@@ -154,7 +154,7 @@ def has_begun(request: Request) -> bool:
 
 
 def warn_of_changes(request: Request) -> None:
-    """Print a warning if a source on this machine has changed since the run converted the samples."""
+    """Print a warning if the source is on this machine and has changed since its samples were converted."""
     if is_remote(request.source):
         return
     for modality in (kind() for kind in MODALITIES.values()):
@@ -223,7 +223,7 @@ def convert_samples(request: Request, plan: Plan) -> None:
         return
     print(f"other files: {name_counts(source.left_out)}")
     parts, num_copies = hold_out(source, samples / f"{HELD_OUT}.json")
-    print(f"copies of held-out {modality.unit}, also held out: {num_copies}")
+    print(f"{num_copies} copies of held-out {modality.unit} are held out, too")
     if (left := len(parts["train"])) < (batch := config.global_train_batch_size):
         left_to_train = f"the number of {modality.unit} left to train on"
         raise InputError(f"global_train_batch_size: must be at most {left}, {left_to_train}; got {batch}")
@@ -331,7 +331,7 @@ def choose_settings(num_samples: int, teacher: TeacherConfig) -> Record:
 
 
 def conversion_options(modality: Modality, config: TrainConfig, held_out: bool) -> Record:
-    """Return options of :func:`convert`: the size of images, or the maximum length of held-out clips."""
+    """Return options of :func:`convert`: for images, their size; for held-out clips, their maximum length."""
     if isinstance(modality, Images):
         image_size = parse_image_size(config.teacher.image_size or modality.image_size)
         return {"resize": max(height_and_width(image_size)) * 8 // 7}  # 256 for 224

@@ -51,7 +51,7 @@ def build_labeled_sets(lookup: LookupConfig, modality: Modality, embedding: Embe
     widths = {labeled.class_embeddings.shape[1] for labeled in sets.values() if labeled.class_embeddings is not None}
     if "zero_shot" in lookup.probes and widths != {width}:
         raise InputError(
-            f"probes: zero_shot needs class_embeddings of the data sets, with {width} columns; got "
+            f"probes: zero_shot needs data sets with class_embeddings that have {width} columns; got "
             f"{' and '.join(map(str, sorted(widths))) or 'none'}"
         )
     for name, labeled in sets.items() if global_rank() == 0 else ():
@@ -62,7 +62,7 @@ def build_labeled_sets(lookup: LookupConfig, modality: Modality, embedding: Embe
 
 
 def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None:
-    """Build a student as it was before its training, or a teacher's default student.
+    """Build the student as it was before its training or, if the model is a teacher, the teacher's default student.
 
     Returns:
         The student; ``None``, after a line on stderr, if the initial weights are not available.
@@ -93,7 +93,7 @@ def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None
 
 
 def align_untrained(untrained: Backbone, model: Backbone, teacher: Teacher | None, device: str) -> bool:
-    """Align an untrained student in the same way as the trained student.
+    """Align an untrained student with the teacher's embedding, in the same way as the trained student.
 
     Returns:
         True; False, after a line on stderr, if the run's teacher or training samples are not available.
@@ -115,7 +115,7 @@ def align_untrained(untrained: Backbone, model: Backbone, teacher: Teacher | Non
         needed = (
             "the run's teacher (teacher=PATH)"
             if teacher is None
-            else f"the run's data and the embedding {info.of} of the run's teacher"
+            else f"the run's training samples, and the embedding {info.of} of the run's teacher"
         )
         print(f"the untrained student is not measured: its alignment needs {needed}", file=sys.stderr)
         return False
@@ -173,7 +173,7 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Eva
     places = [*map(hide_secrets, config.rivals)]
     if taken := [place for place in places if place in (*ROWS, GAP_CLOSED) or places.count(place) > 1]:
         raise InputError(
-            f"rivals: {taken[0]!r} is also the title of another row; write a file as ./{taken[0]}; name each rival once"
+            f"rivals: {taken[0]!r} is also the name of another row; list a rival once, and a file as ./{taken[0]}"
         )
     compared = zip(GAP, (untrained, None if isinstance(model, Teacher) else model, teacher), strict=True)
     models = {name: candidate.eval().to(device) for name, candidate in compared if candidate is not None}

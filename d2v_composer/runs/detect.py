@@ -138,7 +138,7 @@ def read_split(config: DetectConfig, name: str) -> Boxes:
 
 
 def build_loaders(config: DetectConfig, train: Boxes, test: Boxes, student: Backbone) -> tuple[DataLoader, DataLoader]:
-    """Build this rank's loaders of training and of test images, with their boxes.
+    """Build this rank's loaders of training images and of test images, with their boxes.
 
     Raises:
         InputError: There are too few training images, or the node has too little shared memory.

@@ -104,7 +104,8 @@ class Detector(ComposerModel):
         student: The student; ``requires_grad`` of its parameters is changed.
         num_classes: Number of classes.
         channels: Number of channels of the feature pyramid and of the heads.
-        frozen_stages: Number of parts that are not trained, from the first in :func:`stages_of` on.
+        frozen_stages: Number of parts of the student that are not trained, counted from its input; see
+            :func:`stages_of`.
         cpu_bf16: Compute in bfloat16 autocast on a CPU, where Composer's Trainer only accepts fp32.
 
     Attributes:
@@ -193,7 +194,7 @@ def targets_of(batch: Batch) -> list[dict[str, Tensor]]:
 
 
 def stages_of(student: Backbone) -> list[list[nn.Parameter]]:
-    """Return the parameters of each part: timm's groups or, for other students, the encoder and each block."""
+    """Return the parameters of each part: of timm's groups or, for other students, of the encoder and of each block."""
     if not isinstance(student, TimmStudent):
         return [list(part.parameters()) for part in (student.encoder, *student.block_list)]
     model: Any = student.encoder.model

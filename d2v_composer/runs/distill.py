@@ -202,10 +202,10 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
 
 
 def apply_precision_and_compile(config: TrainConfig, model: DistillationModel) -> None:
-    """Cast the teacher to the run's precision and, as configured, compile the model and checkpoint activations.
+    """Cast the teacher to the run's precision and, if set, compile the model and turn on activation checkpointing.
 
     Raises:
-        InputError: timm cannot recompute this student's activations.
+        InputError: timm has no activation checkpointing for this student.
     """
     model.teacher.cast_weights(choose_precision(config.precision).dtype)
     if config.compile:
@@ -262,7 +262,7 @@ def set_teachers_embedding(config: TrainConfig, teacher: Teacher) -> None:
 
 
 def fitted_width(config: TrainConfig, model: DistillationModel) -> int:
-    """Return the width of the alignment that the run fits; 0 if the run fits no alignment."""
+    """Return the width of the embedding to which the run fits an alignment; 0 if the run fits no alignment."""
     is_fitted = config.alignment.max_samples > 0 and model.student.alignment is None
     return model.teacher.embedding.width if is_fitted else 0
 

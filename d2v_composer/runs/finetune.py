@@ -128,7 +128,7 @@ class LabeledData(NamedTuple):
 
 
 def build_data(config: FinetuneConfig, sizes: EncoderConfig) -> LabeledData:
-    """Build training and test samples from the sections ``dataset`` and ``train_loader``, for an encoder's sizes.
+    """Build the loader of training samples, and load the test samples, for an encoder of these ``sizes``.
 
     Raises:
         InputError: The data set cannot be used, or the node has too little disk space or shared memory.
@@ -153,7 +153,7 @@ def count_classes(root: Path, class_names: tuple[str, ...], tested: Tensor) -> i
 
     Raises:
         InputError: There are fewer than two classes, a label is negative, or a label is at least 100 times the number
-            of classes.
+            of names or of different labels, whichever is larger.
     """
     labels = tested.unique()
     smallest, largest, num_known = int(labels.min()), int(labels.max()), max(len(class_names), len(labels))

@@ -1,4 +1,4 @@
-"""Try a run before it starts."""
+"""Try a run for a few batches, before the whole run starts."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ PHASE_SECONDS, STOP_SECONDS = 3600.0, 120.0  # compiling takes minutes, the time
 
 
 def preflight(argv: Sequence[str], config: TrainConfig, train_script: Path) -> bool:
-    """Try a run; print a table of the checks and, if all pass, what the whole run will need.
+    """Try a run for a few batches; print a table of the checks and, if all pass, an estimate for the whole run.
 
     Call this function in one process, before a process group exists.
 
@@ -69,7 +69,7 @@ def preflight(argv: Sequence[str], config: TrainConfig, train_script: Path) -> b
                 failed = error
                 print_row(name, "FAILED", reason(error))
         if failed is None:
-            print("\nThe whole run will need, if nothing else used the machine during the preflight:")
+            print("\nEstimate for the whole run, if nothing else used the machine during the preflight:")
             print(run.needs(), flush=True)
     return failed is None
 
@@ -102,7 +102,7 @@ class Rehearsal:
         self.batches = (self.intervals + 1) * INTERVAL + on_gpu * loader.num_workers * loader.prefetch_factor
 
     def check_shards(self) -> str:
-        """Check that the store of the training data, if any, has each shard."""
+        """Check that the store of the training data, if any, has all shards."""
         remote = self.config.train_loader.remote
         if remote is None:
             return "the shards are on this machine, not in a store"
@@ -115,7 +115,7 @@ class Rehearsal:
         return f"{remote} has all {len(names)} shards"
 
     def train(self) -> str:
-        """Train a few batches."""
+        """Start the run, and wait until it has trained a few batches."""
         self.remove()  # what a killed preflight left
         self.start("max_duration=500ba")
         self.wait(PHASE_SECONDS, STOP_AFTER_BATCHES)
@@ -132,7 +132,7 @@ class Rehearsal:
         return f"the run exited with status 143 after batch {self.num_batches()}"
 
     def resume(self) -> str:
-        """Resume, and train long enough to measure the speed."""
+        """Resume the run, and train long enough to measure the speed."""
         batch = self.num_batches()
         if self.folder.address is not None:
             for copy in self.folder.local.glob("*.pt"):  # the store's must do, as on another machine
@@ -144,8 +144,8 @@ class Rehearsal:
         if f" at batch {batch}\n" not in self.output.read_text(errors="replace"):
             raise self.fault(f"the run started over instead of resuming at batch {batch}")
         self.logged = read_jsonl(self.log)
-        size = f"a checkpoint has {self.latest.stat().st_size / 1e6:,.0f} MB"
-        return f"from batch {batch}, {self.batches} more batches; {size}"
+        size = f"a checkpoint takes {self.latest.stat().st_size / 1e6:,.0f} MB"
+        return f"resumed at batch {batch} and trained {self.batches} more batches; {size}"
 
     def export(self) -> str:
         """Export the student of the newest checkpoint, and load the file."""
@@ -153,13 +153,13 @@ class Rehearsal:
         student, _ = load_any(self.latest, teacher=self.config.teacher.checkpoint)
         save_student(student, out)
         load_student(out)
-        return f"{out.stat().st_size / 1e6:.1f} MB, loads without the teacher"
+        return f"the student's file takes {out.stat().st_size / 1e6:.1f} MB and loads without the teacher"
 
     def num_batches(self) -> int:
         return self.log.read_text().count('"loss/train/total"') if self.log.is_file() else 0
 
     def start(self, *overrides: str) -> None:
-        """Start the rehearsal, with further overrides."""
+        """Start or resume the short run, with further overrides."""
         loader = self.config.train_loader
         launcher = [sys.executable, "-m", "composer.cli", "--nproc", str(self.ranks)]
         settings = [
@@ -221,7 +221,7 @@ class Rehearsal:
         return int(duration[:-2]) * per_unit
 
     def needs(self) -> str:
-        """Return lines with the pace, the time and the numbers of nodes of the whole run."""
+        """Return lines that state the pace and the time of the whole run, and on how many nodes it can train."""
         config, batches = self.config, self.in_batches(self.config.max_duration)
         logged = (self.logged[f"throughput/{name}"] for name in ("samples_per_sec", "data_wait"))
         paces, waits = ([*series.values()][-self.intervals :] for series in logged)

@@ -88,7 +88,7 @@ def build_trainer(
         train_loader: The loader of training samples.
         record_sections: Sections of the run's record; the section ``data`` must have the samples' ``modality``.
         compares_microbatches: True if the loss compares the inputs of a microbatch with each other.
-        run_callbacks: Callbacks of this kind of run.
+        run_callbacks: Callbacks that this kind of run needs.
         callbacks, algorithms, loggers: Callbacks, algorithms and loggers besides the YAML's.
         prepare: Function that transforms a microbatch on the device.
         stop, save_best: Arguments of :class:`Checkpoints`.
@@ -176,10 +176,11 @@ def find_checkpoint(
         accept(start, ())
         return start, False
     with reading(path):
-        if start.trained({"ba": "batch", "ep": "epoch"}[length[-2:]]) >= int(length[:-2]):
+        unit, units = {"ba": ("batch", "batches"), "ep": ("epoch", "epochs")}[length[-2:]]
+        if (trained := start.trained(unit)) >= int(length[:-2]):
             raise InputError(
-                f"load_path: {config.load_path}: batch {start.trained('batch')} is not before max_duration {length}; "
-                "set a larger max_duration"
+                f"load_path: {config.load_path} was trained for {trained} {units}; max_duration must be longer, "
+                f"got {length}"
             )
     accept(start)
     return start, True
@@ -356,7 +357,10 @@ def build_run_record(config: TrainerConfig, compares_microbatches: bool = False,
 
 
 def join_and_seed(config: TrainerConfig) -> None:
-    """Raise the open-file limit, join the ranks, and seed all generators. Call this function on every rank."""
+    """Increase the limit of open files, connect the ranks, and seed all random number generators.
+
+    Call this function on every rank.
+    """
     allow_open_files()
     loader = config.train_loader
     join_ranks(loader.timeout if isinstance(loader, ShardLoaderConfig) and loader.remote is not None else 0)
@@ -376,7 +380,7 @@ def fit_and_close(
     Args:
         trainer: The Trainer.
         config: Config of the run.
-        header: Name → text of lines for the top of the log.
+        header: Name → text of each line that is printed before the training.
         report: Function that is called on rank 0 after the training.
     """
     # Only now: each DeviceGPU that Composer constructs allows TF32.

@@ -174,7 +174,7 @@ def test_a_rival_has_the_numbers_of_its_own_evaluation(name: str, rivals: dict[s
 
 @pytest.mark.parametrize("places", ["pixels", "encoder", "teacher gap closed", "a.pt, a.pt"])
 def test_a_rival_has_a_row_of_its_own(places: str) -> None:
-    with pytest.raises(InputError, match=r"^rivals: '[\w .]+' is also the title of another row; write a file as \./"):
+    with pytest.raises(InputError, match=r"^rivals: '[\w .]+' is also the name of another row; .*, and a file as \./"):
         evaluate_command.main([str(YAML), f"model={GOLDEN / 'tiny_base.pt'}", f"rivals=[{places}]"])
 
 

@@ -327,8 +327,8 @@ def test_a_checkpoint_that_does_not_fit_is_named(uninterrupted: Path, run: Run, 
     del checkpoint["state"]["callbacks"]["RunRecord"]
     torch.save(checkpoint, foreign)
     for load_path, changes, words in (
-        (finished, [], f"load_path: {finished}: batch 14 is not before max_duration 14ba"),
-        (finished, ["max_duration=2ep"], f"load_path: {finished}: batch 14 is not before max_duration 2ep"),
+        (finished, [], f"load_path: {finished} was trained for 14 batches; max_duration must be longer, got 14ba"),
+        (finished, ["max_duration=2ep"], "was trained for 2 epochs; max_duration must be longer, got 2ep"),
         (finished, ["max_duration=20ba", "seed=18"], "seed: checkpoint has 17, config has 18"),
         (foreign, ["student.depth=1"], f"{foreign}: tensor student.blocks.1."),
     ):

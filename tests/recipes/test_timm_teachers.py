@@ -237,13 +237,13 @@ TEXTS = "retrieval.datasets.four.class_embeddings"
         ("objectives.tokens.weight=0 objectives.embedding.weight=0", "objectives.tokens.weight: must be"),
         ("objectives.embedding.weight=0 alignment.max_samples=0", NO_EMBEDDING),
         ("objectives.embedding.weight=0 alignment.pooling=mean", NO_EMBEDDING),
-        (f"{TEXTS}=FOLDER/narrow.npy", "class_embeddings of the data sets, with 128 columns; got 64"),
+        (f"{TEXTS}=FOLDER/narrow.npy", "class_embeddings that have 128 columns; got 64"),
         (
             f"{TEXTS}=FOLDER/few.npy",
             "few.npy: expected finite numbers, in one row for each of 4 classes; the array's shape is (3, 128)",
         ),
         (f"{TEXTS}=FOLDER/missing.npy", "missing.npy cannot be read: No such file or directory"),
-        (f"{TEXTS}=null", "with 128 columns; got none"),
+        (f"{TEXTS}=null", "that have 128 columns; got none"),
     ],
 )
 def test_what_does_not_fit_is_refused(
