@@ -154,7 +154,7 @@ class _Task(NamedTuple):
     """Name → ETag of the known objects in ``out``; empty unless ``out`` is in S3."""
 
     def finish_shard(self, number: int) -> Record:
-        """Write shard ``number``, unless the shard exists and matches its record.
+        """Write shard ``number`` and its record, or return the record of a shard that is already finished.
 
         Returns:
             The shard's record: its ``entry`` in the index, or ``None`` if no sample was readable; its ``etag`` in S3;

@@ -117,7 +117,8 @@ class Files:
         """Open the samples of a split.
 
         Args:
-            split: Name of the split; ``none``: all samples; ``None``: ``train`` or, without splits, all samples.
+            split: Name of the split; ``none``: all samples; ``None``: ``train``, or all samples if there are no
+                splits or the source is a file or a glob with only one split.
             labels: Labels of samples in folders; see :func:`open_source`.
 
         Raises:
