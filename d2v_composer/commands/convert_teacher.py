@@ -54,7 +54,7 @@ class ConvertTeacher(Command):
         print(f"{provenance['source']} (sha256 of the weights: {provenance['sha256']})")
         print(
             f"{config.modality} model: width {config.embed_dim}, {config.num_heads} heads, "
-            f"{config.prenet_depth} blocks in the encoder and {config.depth} others, "
+            f"{config.prenet_depth + config.depth} blocks ({config.prenet_depth} shared with students by default), "
             f"{teacher.encoder.num_tokens()} tokens for an input of "
             f"{' x '.join(map(str, teacher.encoder.example(1).shape[1:]))}"
         )

@@ -160,7 +160,7 @@ def write_onnx(program: Program, path: Path, metadata: dict[str, str]) -> None:
 
 
 def write_archive(program: Program, path: Path, metadata: dict[str, str]) -> None:
-    """Write a program for ``torch.export.load(path).module()``, with the values of ``metadata`` as extra files."""
+    """Write a program as a .pt2 file for ``torch.export.load``, with the values of ``metadata`` as extra files."""
     archive = io.BytesIO()  # on a full disk, the writer of torch 2.13 would abort the process
     extra: Any = dict(zip(EXTRA_FILES, metadata.values(), strict=True))
     torch.export.save(trace(program), archive, extra_files=extra)

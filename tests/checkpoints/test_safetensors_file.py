@@ -92,7 +92,7 @@ def test_a_converted_teacher_is_the_same_bit_for_bit(name: str, weights: Any, tm
     assert torch.equal(targets(teacher), targets(original))
     assert files_in(path.parent) == [path.name]
     other: Any = "ema" if weights == "model" else "model"
-    with pytest.raises(InputError, match=f"--weights {weights}, and has no {other} weights"):
+    with pytest.raises(InputError, match=f"has {weights} weights, but no {other} weights"):
         load_teacher(path, other)
 
 
