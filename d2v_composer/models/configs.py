@@ -470,7 +470,7 @@ class EmbeddingConfig(Config):
     """Description of a student's embedding in the student's file."""
 
     raw: RawName  # pyright: ignore[reportInvalidTypeForm]
-    """Name of the raw embedding that is the student's embedding if there is no alignment."""
+    """Name of the raw embedding, such as ``output_cls``, that is the student's embedding if there is no alignment."""
     of: Annotated[str, Field(max_length=1000)]
     made_by: MadeBy
     space: Annotated[str, Field(max_length=1000)]

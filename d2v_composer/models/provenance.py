@@ -37,7 +37,7 @@ def has_tuned_encoder(provenance: Json) -> bool:
 
 
 def is_teacher_of(record: Json, own: Record) -> bool:
-    """Return True if ``own`` describes the teacher in a student's record: the hash is equal, the outputs nearly."""
+    """Return True if ``own`` describes the teacher in a student's record: equal hashes, and almost equal outputs."""
     sha256, outputs = (value_at(record, f"teacher.{key}") for key in ("sha256", "outputs"))
     return sha256 == own.get("sha256") and are_of_one_teacher(outputs, own.get("outputs"))
 

@@ -21,7 +21,7 @@ from d2v_composer.models.targets import target_of
 
 
 class Teacher(Backbone, Freezable):
-    """Base of teachers. A subclass calls :meth:`freeze` once the parameters exist.
+    """Base of teachers. A subclass calls :meth:`freeze` at the end of its ``__init__``.
 
     Args:
         encoder: The encoder.
