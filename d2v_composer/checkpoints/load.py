@@ -336,7 +336,7 @@ def _load_finetuned(checkpoint: Checkpoint) -> Backbone:
     """Load the student of a fine-tuning run, with its classifier, or of a detection run."""
     path, record = checkpoint.path, checkpoint.record
     if record["model"]["kind"] != "student":
-        raise InputError(f"{path} is a fine-tuned teacher, which can be neither exported nor used to embed")
+        raise InputError(f"{path} is the checkpoint of a fine-tuned teacher; only students' checkpoints can be used")
     prefix = record["model"].get("prefix", "backbone.")  # a detector's backbone is deeper, and its heads stay there
     names = (name for name in checkpoint.tensors if name.startswith((prefix, "head.")))
     tensors = {name.removeprefix(prefix): checkpoint.tensors[name] for name in names}

@@ -86,9 +86,11 @@ def fetch_pretrained(model: str, pretrained: Mapping[str, Json]) -> Path:
     """Return the local path of timm's pretrained weights, from the Hugging Face hub or the local cache.
 
     Raises:
-        InputError: timm has no weights for this model, or they are neither in the cache nor reachable.
+        InputError: timm has no weights for this model on the hub, or they are neither in the cache nor reachable.
     """
     repository, _, revision = str(pretrained.get("hf_hub_id") or "").partition("@")
+    if not repository:
+        raise InputError(f"{model}: timm has no pretrained weights for this model; set checkpoint to a file")
     names = [pretrained["hf_hub_filename"]] if pretrained.get("hf_hub_filename") else HUB_FILES
     try:
         return fetch_from_hub(repository, names, revision or None)

@@ -75,7 +75,7 @@ class UnchangedError(ValueError):
 
 
 class File(NamedTuple):
-    """A description of a file, with which changes of the file are detected."""
+    """A file's description, by which changes to the file are detected."""
 
     path: str
     """Path relative to the folder or address that was listed."""
@@ -431,7 +431,7 @@ def _list_s3(folder: str, name: str, delimiter: str = "") -> list[File]:
 
 
 def open_store(address: str) -> "tuple[ObjectStore, str]":
-    """Return a client of the object store that an address names, and the address's key in the store."""
+    """Return a client for the object store that an address names, and the object's key in the store."""
     from composer.utils import maybe_create_object_store_from_uri, parse_uri
 
     store = maybe_create_object_store_from_uri(address)

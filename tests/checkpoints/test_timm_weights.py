@@ -157,6 +157,11 @@ def test_pretrained_weights_come_from_the_hubs_cache(offline: Path, file: Path, 
     assert same.provenance == teacher.provenance
 
 
+def test_a_model_without_pretrained_weights_needs_a_file() -> None:
+    with pytest.raises(InputError, match="timm has no pretrained weights for this model; set checkpoint to a file"):
+        load_teacher(None, model="timm/vit_base_patch16_gap_224")
+
+
 @pytest.mark.usefixtures("offline")
 def test_without_network_and_cache_pretrained_weights_are_refused() -> None:
     problem = rf"\A{MODEL}: no pretrained weights: .* in timm/{NAME}.*set checkpoint to a file\Z"
