@@ -205,10 +205,9 @@ class Files:
             InputError: A file cannot be read or does not fit the columns, or there are no samples.
         """
         modality, columns = self.columns.modality, self.columns
-        if not self.has_columns and (columns.samples or columns.labels):
-            raise InputError(
-                f"{self.root}: samples in folders or zips have no columns; omit --column and --label-column"
-            )
+        given = {"--column": columns.samples, "--label-column": columns.labels}
+        if not self.has_columns and (needless := [option for option, column in given.items() if column]):
+            raise InputError(f"{self.root}: samples in folders or zips have no columns; omit {' and '.join(needless)}")
         of_files = self.container is not None and 1 < self.part.total <= len(self.files)
         files = self.part.of(self.files) if of_files else self.files
         if self.container is None:

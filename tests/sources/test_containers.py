@@ -178,6 +178,8 @@ TWO_COLUMNS = {"image": [IMAGE], "depth": [IMAGE], "caption": ["a"]}
         ("tar", ["a.jpg", "a.jpg"], "", "x.tar: key a has two members of the same name"),
         ("tar", ["a.txt"], "", "no images; files searched: 1; other files: 1 .txt, 1 keys without images"),
         ("zip", ["a.jpg", "a.jpg"], "", "x.zip has two members named a.jpg$"),
+        ("zip", ["a.jpg"], "--column jpg", "samples in folders or zips have no columns; omit --column$"),
+        ("zip", ["a.jpg"], LABELED, "samples in folders or zips have no columns; omit --label-column$"),
         ("zip", ["a.txt", "b/.jpg"], "", "no images; files searched: 1; other files: 1 .txt, 1 hidden"),
     ],
 )
