@@ -86,4 +86,4 @@ def find_changes(key: str, before: Json, now: Json, default: Json = None) -> Ite
             usual = value_at(default, name)
             yield from find_changes(f"{key}.{name}", before.get(name, usual), now.get(name), usual)
     elif before != now and not (key == "teacher.outputs" and are_of_one_teacher(before, now)):
-        yield f"{IDENTITIES.get(key, key.removeprefix('config.'))}: checkpoint has {before}, config has {now}"
+        yield f"{IDENTITIES.get(key, key.removeprefix('config.'))}: checkpoint has {before}, this run has {now}"

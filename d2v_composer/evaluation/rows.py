@@ -14,7 +14,7 @@ GAP_CLOSED = "teacher gap closed"
 
 
 class Side(NamedTuple):
-    """The queries or the bank of a row: the name of a model, and of an embedding of the model."""
+    """The queries or the bank of a row: the names of a model and of one of the model's embeddings."""
 
     model: str
     embedding: str = ""

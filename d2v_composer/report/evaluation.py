@@ -14,12 +14,12 @@ from d2v_composer.system.files import write_atomically
 def write_evaluation(
     evaluation: Evaluation, folder: Path, title: str, modality: Modality, context: dict[str, Any]
 ) -> None:
-    """Write ``evaluation.json``, ``evaluation.csv``, ``evaluation.html`` and, with speeds, ``evaluation.png``.
+    """Write ``evaluation.json``, ``evaluation.csv``, ``evaluation.html`` and, with measured speeds, ``evaluation.png``.
 
     Args:
         evaluation: The results.
-        folder: The folder. Existing files of these names are replaced; without speeds, an old ``evaluation.png`` is
-            removed.
+        folder: The folder. Existing files of these names are replaced; without measured speeds, an old
+            ``evaluation.png`` is removed.
         title: Title of the page.
         modality: Modality of the evaluated model's samples.
         context: Further entries of the JSON file.

@@ -42,7 +42,7 @@ class Run(NamedTuple):
     datasets: Mapping[str, EvaluationSet] = {}
     """Name → data set, for galleries."""
     results: Sequence[Result] = ()
-    """The results in the newest checkpoint."""
+    """Results of the evaluations during training, from the newest checkpoint."""
 
     @property
     def modality(self) -> Modality:

@@ -219,7 +219,7 @@ def test_the_table_shows_added_probes(resumed: ZeroShotRetrieval) -> None:
 
 def test_a_resume_keeps_its_headline(first: ZeroShotRetrieval) -> None:
     other = ZeroShotRetrieval({"set": WHOLE}, "10ba", headline="corner")
-    with pytest.raises(InputError, match=r"set\.embedding: checkpoint has whole, config has corner; give the"):
+    with pytest.raises(InputError, match=r"set\.embedding: checkpoint has whole, this run has corner; give the"):
         other.load_state_dict(first.state_dict())
 
 

@@ -361,18 +361,18 @@ def test_a_refused_change_changes_nothing(copied: Path, distilled: Path, photos:
     """Promises 11 and 12: the original command works next."""
     before = contents_of(copied)
     for changes, problem in (
-        (["student.depth=3"], "student.depth: checkpoint has 5, config has 3; .*another --out"),
-        (["seed=1", "optimizer.lr=0.1"], "seed: checkpoint has 17, config has 1; optimizer.lr: "),
+        (["student.depth=3"], "student.depth: checkpoint has 5, this run has 3; .*another --out"),
+        (["seed=1", "optimizer.lr=0.1"], "seed: checkpoint has 17, this run has 1; optimizer.lr: "),
         (["optimiser.lr=1"], "optimiser: no such key; did you mean optimizer"),
         (
             ["max_duration=2ba", "retrieval.ks=[1,5]", "alignment.max_samples=0"],
-            r"copied holds a run with other settings: max_duration: checkpoint has 4ba, config has 2ba; "
-            r"alignment.max_samples: checkpoint has 20000, config has 0; "
-            r"retrieval.ks: checkpoint has \[1, 3\], config has \[1, 5\]; ",
+            r"copied holds a run with other settings: max_duration: checkpoint has 4ba, this run has 2ba; "
+            r"alignment.max_samples: checkpoint has 20000, this run has 0; "
+            r"retrieval.ks: checkpoint has \[1, 3\], this run has \[1, 5\]; ",
         ),
         (
             ["max_duration=6ba"],
-            "other settings: max_duration: checkpoint has 4ba, config has 6ba; choose another --out",
+            "other settings: max_duration: checkpoint has 4ba, this run has 6ba; choose another --out",
         ),
     ):
         line = refused(photos, copied, *SHORT, *changes)

@@ -280,8 +280,8 @@ def test_what_a_run_is_cannot_be_changed(uninterrupted: Path, small_data: Path, 
     line = run.refused(*changes)
     names = [change.partition("=")[0] for change in changes]
     assert [name for name in names if f"{name}: checkpoint has " not in line] == [], line
-    assert "seed: checkpoint has 17, config has 18" in line, line
-    assert "train_loader.column: checkpoint has None, config has image" in line
+    assert "seed: checkpoint has 17, this run has 18" in line, line
+    assert "train_loader.column: checkpoint has None, this run has image" in line
     assert "train_loader" in run.refused(f"train_loader.local={labeled / 'test'}")
     assert contents_of(uninterrupted) == before
 
@@ -329,7 +329,7 @@ def test_a_checkpoint_that_does_not_fit_is_named(uninterrupted: Path, run: Run, 
     for load_path, changes, words in (
         (finished, [], f"load_path: {finished} was trained for 14 batches; max_duration must be longer, got 14ba"),
         (finished, ["max_duration=2ep"], "was trained for 2 epochs; max_duration must be longer, got 2ep"),
-        (finished, ["max_duration=20ba", "seed=18"], "seed: checkpoint has 17, config has 18"),
+        (finished, ["max_duration=20ba", "seed=18"], "seed: checkpoint has 17, this run has 18"),
         (foreign, ["student.depth=1"], f"{foreign}: tensor student.blocks.1."),
     ):
         assert words in run.refused(f"load_path={load_path}", *changes)

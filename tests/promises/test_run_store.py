@@ -151,7 +151,7 @@ def test_a_refused_run_uploads_nothing_and_the_right_ones_work_next(
     """Promise 11: the folder is of a run without a store, which then goes on without, and later with one."""
     run, local = in_store("moved"), Run(Path("runs/moved"), small_data, cwd=tmp_path)
     shutil.copytree(uninterrupted, run.folder, symlinks=True)
-    assert "seed: checkpoint has 17, config has 18" in run.refused("seed=18")
+    assert "seed: checkpoint has 17, this run has 18" in run.refused("seed=18")
     assert run.files() == {}
     assert "this run is complete" in local.train().stdout
     run.train()
@@ -164,7 +164,7 @@ def test_a_refused_run_leaves_no_copy_of_a_stores_checkpoint(in_store: InStore, 
     """Promise 11: the copy would lie beside another run's files, or become another run's checkpoint."""
     run = in_store("copied")
     run.put_checkpoints(NEWEST, **{NEWEST: (uninterrupted / NEWEST).read_bytes()})
-    assert "seed: checkpoint has 17, config has 18" in run.refused("seed=18")
+    assert "seed: checkpoint has 17, this run has 18" in run.refused("seed=18")
     assert not run.folder.exists()
 
 

@@ -169,8 +169,9 @@ def test_rows_of_other_settings_are_refused_by_name_before_anything_is_done(plan
     record = build_run_record(plan(*command)["depth 1"]).record
     write_files(folder, {"run.yaml": yaml.safe_dump(record).encode()})
     plan(*command)
-    problem = "depth 1: max_duration: checkpoint has 1200ba, config has 600ba; train_loader.crop_scale: checkpoint has "
-    problem += f"[0.08, 1.0], config has [0.5, 1.0]; choose another --out, or remove {folder}"
+    problem = "depth 1: max_duration: checkpoint has 1200ba, this run has 600ba; "
+    problem += "train_loader.crop_scale: checkpoint has [0.08, 1.0], this run has [0.5, 1.0]; "
+    problem += f"choose another --out, or remove {folder}"
     with pytest.raises(InputError, match=re.escape(problem)):
         plan(*command, "max_duration=600ba", "train_loader.crop_scale=[0.5,1]")
 

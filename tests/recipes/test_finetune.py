@@ -228,7 +228,7 @@ def test_too_few_images_are_refused_before_anything_is_written(student: Path, la
 
 def test_a_resume_keeps_its_features(finetuned: Path, student: Path, labeled: Path) -> None:
     line = refused(small_finetuning(finetuned, student, labeled, "pooling=mean"))
-    assert "embedding: checkpoint has output_cls, config has output_mean" in line
+    assert "embedding: checkpoint has output_cls, this run has output_mean" in line
 
 
 def test_a_resume_keeps_its_test_images(finetuned: Path, student: Path, labeled: Path, tmp_path: Path) -> None:

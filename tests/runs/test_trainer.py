@@ -163,7 +163,7 @@ def test_a_run_from_before_an_objective_goes_on_without_it(weight: float, is_sam
     record = build_run_record(load_checked(TrainConfig, argv))
     earlier = copy.deepcopy(record.record)
     del earlier["config"]["objectives"]["embedding"], earlier["config"]["objectives"]["tokens"]["cls_weight"]
-    expected = "" if is_same else "objectives.embedding.weight: checkpoint has 0.0, config has 1.0"
+    expected = "" if is_same else "objectives.embedding.weight: checkpoint has 0.0, this run has 1.0"
     assert record.changes(earlier) == expected
 
 
@@ -173,7 +173,7 @@ def test_a_loss_that_compares_inputs_keeps_its_microbatches(
     monkeypatch.setattr(LayerRegression, "compares", "microbatch")
     arguments = small_run(tmp_path / "run", small_data, "max_duration=2ba", "scheduler.t_warmup=0ba")
     train_student(load_config(arguments))
-    with pytest.raises(InputError, match="device_train_microbatch_size: checkpoint has None, config has 2"):
+    with pytest.raises(InputError, match="device_train_microbatch_size: checkpoint has None, this run has 2"):
         train_student(load_config([*arguments, "max_duration=3ba", "device_train_microbatch_size=2"]))
     monkeypatch.setattr(schema_module, "has_gpu", lambda: True)
     line = "device_train_microbatch_size: must be a number or null, because a term of the loss compares"
