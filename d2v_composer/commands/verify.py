@@ -6,11 +6,12 @@
     d2v verify student.onnx --kit kit
 
 Loading a .pt2 file can run code that the file contains.
-The table has a row for PyTorch and a row for each runtime. 'cosine' and 'mean' are the minimum and the mean of the
-cosines of embeddings with PyTorch's embeddings. 'difference' is the largest difference from PyTorch's embeddings, and
-'by batch' the largest change of an embedding in smaller batches, each divided by the largest absolute value in
-PyTorch's embeddings. 'agreement' is the share of a sample's ten nearest neighbors that PyTorch finds, too. '/s at 1'
-and '/s at 16' are samples per second in batches of 1 and 16. The exit status is 1 if a runtime fails or misses a limit.
+The table has a row for PyTorch and a row for each runtime. 'cosine' is the smallest cosine between an embedding and
+PyTorch's embedding of the same sample, and 'mean' is the mean of these cosines. 'difference' is the largest absolute
+difference between a value and PyTorch's value, and 'by batch' is the largest change of a value in smaller batches; both
+are divided by the largest absolute value in PyTorch's embeddings. 'agreement' is the share of a sample's ten nearest
+neighbors that PyTorch finds, too. '/s at 1' and '/s at 16' are samples per second in batches of 1 and 16.
+The exit status is 1 if a runtime fails or misses a limit.
 The numbers are written to EXPORTED.verify.json and, if there is a model card beside EXPORTED, to this card.
 """
 
@@ -38,7 +39,7 @@ class Verify(Command):
     """Samples to measure with: a folder or other SOURCE of d2v embed; default: images or spoken words that ship with
     d2v."""
     cosine: float | None = None
-    """Smallest allowed cosine of an embedding with PyTorch's; default: 0.999, or 0.98 for an int8 file."""
+    """Smallest allowed value of 'cosine'; default: 0.999, or 0.98 for an int8 file."""
     difference: float | None = None
     """Largest allowed value of 'difference'; default: 0.0001, or 9 for an int8 file; openvino has no limit."""
     kit: PlaceHere | None = None
