@@ -124,7 +124,7 @@ def place_to_write(text: str | Path) -> str:
     address = Address.parse(os.path.expanduser(text))
     place = str(text).rstrip("/") if address.is_remote else os.path.abspath(address.path)
     if not address.path or os.path.dirname(place) == place:
-        raise ValueError(f"expected a path or an address to write to, other than a root, got {str(text)!r}")
+        raise ValueError(f"expected a path or address to write to, not the root of a disk or bucket, got {str(text)!r}")
     return place
 
 

@@ -88,7 +88,7 @@ def test_help_shows_docstrings_and_defaults(capsys: pytest.CaptureFixture[str]) 
         ),
         (
             ("a.png", "--out", "/"),
-            ["argument --out: expected a path or an address to write to, other than a root, got '/'"],
+            ["argument --out: expected a path or address to write to, not the root of a disk or bucket, got '/'"],
         ),
         (("a.png", *OUT, "--part", "3/3"), ["argument --part: must be I/N with 0 <= I < N <= 100,000, got '3/3'"]),
     ],
