@@ -78,7 +78,7 @@ class FeatureMaps(nn.Module):
 
 
 class AveragePrecision(MeanAveragePrecision):
-    """COCO's average precision, from 0 to 1, the mean over classes and ``iou_thresholds``; -1 without annotations."""
+    """COCO's average precision, 0 to 1: a mean over classes and ``iou_thresholds``; -1 if there are no annotations."""
 
     def compute(self) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return super().compute()["map"]

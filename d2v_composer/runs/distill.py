@@ -247,7 +247,7 @@ def build_kept_targets(config: TrainConfig, model: DistillationModel, index: Ind
 
 
 def set_teachers_embedding(config: TrainConfig, teacher: Teacher) -> None:
-    """Let the teacher's embedding be the embedding that the section ``alignment`` names, if any.
+    """Use the embedding that the section ``alignment`` names, if any, as the teacher's embedding.
 
     Raises:
         InputError: The teacher does not have this embedding.
