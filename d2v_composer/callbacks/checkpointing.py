@@ -271,6 +271,5 @@ class NanGuard(Callback):
             raise FloatingPointError(f"batch {batch}: the training loss is {loss}; {ADVICE}")
         if 0 < scale < MIN_LOSS_SCALE:
             raise FloatingPointError(
-                f"batch {batch}: the loss scale fell to {scale:g} because the gradients are not finite, and every "
-                f"step is skipped; {ADVICE}"
+                f"batch {batch}: the loss scale fell to {scale:g} because the gradients are not finite; {ADVICE}"
             )

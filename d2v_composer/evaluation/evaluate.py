@@ -39,7 +39,7 @@ def cost(model: Backbone | Encoder | None, fitted_width: int = 0) -> dict[str, A
 
     Args:
         model: The model; ``None``: ``num_parameters`` and ``gflop`` are 0.
-        fitted_width: Number of outputs of an alignment that the model will get later, counted in; 0: no alignment.
+        fitted_width: Number of outputs of the linear alignment that the model will get later, counted in; 0: none.
     """
     if model is None:
         return {"num_parameters": 0, "gflop": 0.0}
@@ -61,7 +61,7 @@ def share_encoders(
         first: The model whose input and encoder are the baselines; a model without blocks after the encoder has only
             the input as a baseline.
         models: Name → model.
-        layer_mean: Settings of the ``layer_mean`` embeddings of all models.
+        layer_mean: Settings of all models' ``layer_mean`` embeddings, the means of the blocks' normalized FFN outputs.
         fill_to: Number of samples to which smaller batches are filled up; 0: batches keep their size.
     """
     encoded = WeakIdKeyDictionary()

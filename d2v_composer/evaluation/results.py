@@ -131,8 +131,8 @@ def are_comparable(*results: Result) -> bool:
     """Return True if the results of several models can be compared.
 
     The data set, the column, the number of queries and the name of the embedding must be the same for all results. All
-    embeddings that are not the teacher's own must have the same ``made_by``. All embeddings that are not raw must be in
-    the same space.
+    embeddings that are not the teacher's own must have the same ``made_by``. All embeddings whose ``made_by`` is not
+    ``raw`` must be in the same space.
     """
     ways = {result.info.made_by for result in results} - {"teacher"}
     places = {(result.dataset, result.column, len(result.hits)) for result in results}

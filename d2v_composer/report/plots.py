@@ -92,7 +92,7 @@ def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
 
 
 def gap_plot(title: str, lines: Mapping[str, Line]) -> Figure:
-    """Plot the closed fraction of the teacher gap over the training steps; untrained student: 0, teacher: 1."""
+    """Plot the teacher gap closed, 0 for the untrained student and 1 for the teacher, over the training steps."""
     levels: dict[str, Line] = {TEACHER: (1, {"color": "k"}), UNTRAINED: (0, {"color": "k", "linestyle": ":"})}
     # Where the gap is small, a share may be anything.
     return plot(title, "%", {**lines, **levels}, limits=(-0.3, 1.3))
