@@ -145,10 +145,10 @@ class GapClosed(NamedTuple):
     """The fraction of the teacher gap, the teacher's lead over the untrained student, that the student closes."""
 
     interval: Interval | None
-    """The fraction with its interval; ``None`` if the fraction is too uncertain, or if the teacher is not better than
-    the untrained student."""
+    """The fraction with its interval; ``None`` if the interval is not narrower than ``WIDEST``, or if the teacher is
+    not clearly better than the untrained student."""
     queries_needed: int = 0
-    """If the fraction is too uncertain, roughly the number of queries that would be enough; else 0."""
+    """If there are too few queries for an interval, roughly the number of queries that would be enough; else 0."""
 
 
 def gap_closed(cells: Mapping[str, Result]) -> GapClosed | None:
