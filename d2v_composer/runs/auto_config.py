@@ -93,7 +93,9 @@ class Request(NamedTuple):
         before = read_json(path, Record) if path.exists() else about
         for name, value in about.items():
             if (begun := before.get(name)) != value:
-                raise InputError(f"{self.out} was begun with {name} {begun!r}, not {value!r}; choose another --out")
+                raise InputError(
+                    f"the run in {self.out} was begun with {name} {begun!r}, not {value!r}; choose another --out"
+                )
         return about
 
 
@@ -164,8 +166,8 @@ def warn_of_changes(request: Request) -> None:
                 request.check(**{LISTING: source.content})
             except InputError:
                 print(
-                    f"warning: {request.source} has changed since {request.out} was begun; the run trains on the "
-                    f"samples in {samples}; to train on the changed source, choose another --out",
+                    f"warning: {request.source} has changed since the run in {request.out} was begun; the run trains "
+                    f"on the samples in {samples}; to train on the changed source, choose another --out",
                     file=sys.stderr,
                 )
 

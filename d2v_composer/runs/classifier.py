@@ -38,8 +38,8 @@ class Classifier(ComposerModel):
 
     Attributes:
         head: Linear layer from D channels to C classes, initially zeros.
-        depth_of_trained: Name of each trained parameter → its depth: 0 before the first block, then the number of the
-            block, from 1, and in the head the number of blocks + 1.
+        depth_of_trained: Name of each trained parameter → its depth: in a block, the block's number, from 1; in the
+            encoder's other layers, 0; after the last block, the number of blocks + 1.
     """
 
     def __init__(
