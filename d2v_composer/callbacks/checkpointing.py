@@ -193,7 +193,7 @@ class Checkpoints(Callback):
         if code == REMOVED and self.folder is not None:
             raise RunError(
                 f"save_folder: {self.folder.local} or its lock {MARK} was removed during the run: "
-                f"stopped after batch {int(state.timestamp.batch) - 1}; progress not saved elsewhere is lost"
+                f"stopped after batch {int(state.timestamp.batch)}; progress not saved elsewhere is lost"
             )
         self.stop.signal = STOPS[code]
 

@@ -63,7 +63,8 @@ def check_archive(path: Path, kind: type[InputError] = InputError) -> None:
 
     Raises:
         InputError: The file cannot be read.
-        kind: The file is truncated or corrupt, or would take too much time or memory.
+        kind: The file is not an archive as torch >= 1.6 writes it, is truncated or corrupt, or would take too much
+            time or memory.
     """
     with _reading(path, kind):
         num_bytes = path.stat().st_size

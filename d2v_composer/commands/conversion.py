@@ -27,7 +27,9 @@ class Convert(Command):
     labels: str | None = None
     """A CSV file with lines 'sample,class', or none for no labels."""
     column: Column = None
-    label_column: str | None = Field(None, description=f"Where the labels are: for MDS a column, {LABEL_COLUMN}.")
+    label_column: str | None = Field(
+        None, description=f"Where the labels are: in MDS, a column's name; {LABEL_COLUMN}."
+    )
     workers: Annotated[int, whole(1, 1024)] = CORES
     """Number of worker processes; default: one per core."""
     seed: Annotated[int, whole(0, 0x100000000)] = 0

@@ -49,7 +49,8 @@ class Embed(ModelReference, Command):
     """Path or address of a training checkpoint, an exported student or a teacher's file; or timm/NAME."""
     source: Samples
     out: Positional[Place] = Field(
-        description=f"Path or address of NAME.npy or NAME.parquet; a sample's id is {IDS}, a path or, in MDS, a number."
+        description=f"Path or address of NAME.npy or NAME.parquet. The samples' ids depend on SOURCE: {IDS}, a file's "
+        "path below SOURCE or, in MDS, the sample's index."
     )
     precision: PrecisionChoice = "fp32"
     """Precision in which the model computes; auto: on a GPU amp_bf16, or amp_fp16 without bfloat16; on a CPU amp_bf16

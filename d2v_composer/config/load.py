@@ -87,7 +87,7 @@ def read_yaml(path: str | Path) -> Json:
         try:
             settings = OmegaConf.load(path)
         except yaml.YAMLError as error:
-            raise InputError(f"{path}: not a YAML mapping: {' '.join(str(error).split())}") from error
+            raise InputError(f"{path}: cannot be parsed as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, DictConfig):
         raise InputError(f"{path}: expected a YAML mapping of keys to values")
     return OmegaConf.to_container(settings)

@@ -89,7 +89,7 @@ def check_finite(dataset: str, embedded: Mapping[str, EmbeddedSet]) -> None:
     for model, parts in embedded.items():
         for part, embeddings in parts.items():
             if not all(vectors.isfinite().all() for vectors in embeddings.values()):
-                raise RunError(f"{dataset}, {part}: embeddings of the model {model} are not finite")
+                raise RunError(f"{dataset}, {part}: some embeddings of {model!r} are infinite or NaN")
 
 
 def move_batch(batch: tuple[Tensor, ...], to_device: Callable[[Tensor], Tensor]) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """Compute an evaluation's results from every model's embeddings of a set.
 
-Shapes: N samples of a part, Q queries, K neighbors, D channels.
+Shapes: N samples of a part of the set (``train``, ``test``, a view or the classes), Q queries, K neighbors, D channels.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

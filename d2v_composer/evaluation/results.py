@@ -123,7 +123,7 @@ class Interval(NamedTuple):
 
 
 def accuracy_interval(hits: Hits) -> Interval:
-    """Return the mean of the hits, (Q,), with the mean's 95 % interval."""
+    """Return the mean of the hits of Q queries, with the mean's 95 % interval."""
     return Interval(float(hits.mean()), *np.percentile(resample(hits), [2.5, 97.5]).tolist())
 
 

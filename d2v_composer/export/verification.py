@@ -116,12 +116,13 @@ def verify(
 def name_fastest(medians: Mapping[str, Mapping[str, float]]) -> str:
     """Return a line that compares the fastest runtime at each batch size with the second fastest and the slowest."""
     comparisons = []
-    for key in ("/s at 1", "/s at 16") if len(medians) > 1 else ():
+    for size in (1, 16) if len(medians) > 1 else ():
+        key = f"/s at {size}"
         fastest, *slower = sorted(medians, key=lambda name: medians[name][key], reverse=True)
         compared = dict.fromkeys((slower[0], slower[-1]))
         factors = (f"{medians[fastest][key] / medians[name][key]:.2f} times as fast as {name}" for name in compared)
-        comparisons.append(f"{key}: {fastest}, {' and '.join(factors)}")
-    return f"fastest runtime within the limits: {'; '.join(comparisons) or 'nothing to compare'}"
+        comparisons.append(f"in batches of {size}, {fastest} is {' and '.join(factors)}")
+    return f"fastest runtime that met all limits: {'; '.join(comparisons) or 'nothing to compare'}"
 
 
 def read_samples(student: Backbone, source: str | None, maximum: int, takes_pixels: bool = False) -> Tensor:

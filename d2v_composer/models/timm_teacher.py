@@ -406,7 +406,7 @@ class TimmTeacher(Transformer, Teacher):
             )
         if self.contexts.table is not None:
             raise ValueError(
-                f"init teacher_attention needs an attention without rotary positions or relative bias, but {name} has "
-                "one of these"
+                "init teacher_attention: the teacher's attention must not use rotary position embeddings or a relative "
+                f"position bias, but {name} uses one of them"
             )
         return [block.attn for block in blocks]

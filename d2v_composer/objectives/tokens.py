@@ -34,7 +34,8 @@ class LayerRegression(Objective):
     class Options(TargetOptions, Term):
         prediction: Prediction = "layer_mean"
         """Prediction of the target. ``layer_mean``: the mean of the normalized FFN outputs of the student's blocks.
-        ``last_block``: the output of the student's last block."""
+        ``last_block``: the output of the student's last block. A timm student predicts the target with its head's
+        output, which is normalized for ``layer_mean`` only."""
         cls_weight: Annotated[float, Field(ge=0, le=1)] | None = None
         """Share of CLS in the loss, from 0 to 1; null: the same share as every other token."""
         weight: Weight = 1.0

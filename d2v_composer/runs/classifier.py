@@ -38,7 +38,8 @@ class Classifier(ComposerModel):
 
     Attributes:
         head: Linear layer from D channels to C classes, initially zeros.
-        depth_of_trained: Name of each trained parameter → its depth: in a block, the block's number, from 1; in the
+        depth_of_trained: Name of each trained parameter → its depth: in a block, the block's number, from 1, where the
+            encoder's blocks come first; in ``input_proj``, the number of the first block after the encoder; in the
             encoder's other layers, 0; after the last block, the number of blocks + 1.
     """
 

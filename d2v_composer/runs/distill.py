@@ -323,7 +323,7 @@ def build_retrieval(
     with node_leaders_first("the data sets for retrieval"):
         datasets = build_labeled_sets(retrieval, modality, (model.teacher if align else model.student).embedding)
     if config.save_best and not any(labeled.has_labels for labeled in datasets.values()):
-        raise InputError("save_best: must be false, because no data set of retrieval has labels")
+        raise InputError("save_best: must be false, because no data set in retrieval.datasets has labels")
     with errors_of("retrieval"):
         return ZeroShotRetrieval(
             datasets,

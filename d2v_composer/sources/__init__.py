@@ -31,7 +31,7 @@ CONTAINERS = (
         "FILE.parquet#ROW",
         "a column of files' bytes, of Hugging Face's `Image` or `Audio`, or of paths relative to FILE.parquet; if "
         "several fit, `--column` chooses one",
-        "a column",
+        "a column's name",
         "parquet",
     ),
     Container(
@@ -67,7 +67,7 @@ COLUMN = (
     "hold samples; in MDS, image or audio."
 )
 CHOOSE = "choose one with --column or --label-column or, in a YAML, with column or label_column"
-LABEL_COLUMN = ", ".join(f"for {container.plural} {container.labels}" for container in CONTAINERS if container.labels)
+LABEL_COLUMN = "; ".join(f"in {container.plural}, {container.labels}" for container in CONTAINERS if container.labels)
 # Values of ``format`` of a labeled set; those of LOCAL need a folder on this machine.
 LOCAL = ("cifar10", "cifar100", "speech_commands", "mds", "folder")
 FORMATS = (*LOCAL, *(container.suffix[1:] for container in CONTAINERS))

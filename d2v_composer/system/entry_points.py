@@ -14,5 +14,7 @@ def find_entry_point(group: str, name: str) -> EntryPoint | None:
     entries = [*entry_points(group=group, name=name)]
     if len(entries) > 1:
         offers = sorted(f"{entry.dist.name if entry.dist else 'a package'} ({entry.value})" for entry in entries)
-        raise InputError(f"{' and '.join(offers)} offer {name!r} in {group}; uninstall all but one")
+        raise InputError(
+            f"{' and '.join(offers)} provide the entry point {name!r} of the group {group}; uninstall all but one"
+        )
     return entries[0] if entries else None

@@ -64,7 +64,7 @@ log = logging.getLogger(__name__)
 ResultT = TypeVar("ResultT")
 
 _asked: dict[Path, float] = {}
-"""Cached file → when this process last asked the server whether the file has changed, a ``time.monotonic()``."""
+"""Cached file → the value of ``time.monotonic()`` when this process last asked the server if the file has changed."""
 
 _keeps_inodes: dict[int, bool] = {}
 """Device → whether its files keep their inode numbers; False if the ID of the file system is 0."""

@@ -98,7 +98,7 @@ class EpochOrder(DistributedSampler[Sample]):
         return left[:, world.rank_of_node, world.node]
 
     def draw(self, epoch: int) -> Int64Array:
-        """Return the indices of all ranks' samples in an epoch, (``epoch_size``,), in order."""
+        """Return the indices of an epoch's samples, (``epoch_size``,), of all ranks, in the order of training."""
         view = self._view_of(epoch)
         sizes, rng = self.shard_sizes, np.random.default_rng(self.seed + view)
         # Without shuffle, all epochs leave the same samples out.

@@ -107,7 +107,7 @@ def test_a_run_stops_when_its_folder_is_another_runs(tmp_path: Path) -> None:
         checkpoints.batch_end(state, logger)
         shutil.rmtree(folder)
         Checkpoints(RunFolder(folder), "5ba").post_close()
-        with pytest.raises(RunError, match=r"run or its lock \.in_use was removed .* stopped after batch 2;"):
+        with pytest.raises(RunError, match=r"run or its lock \.in_use was removed .* stopped after batch 3;"):
             checkpoints.batch_end(state, logger)
     finally:
         checkpoints.close(state, logger)

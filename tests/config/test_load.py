@@ -196,7 +196,7 @@ def test_the_first_rank_reports_for_all(monkeypatch: pytest.MonkeyPatch) -> None
     {
         "seed: 1\nseed: 2\n": "found duplicate key seed",
         "- a\n- b\n": "expected a YAML mapping",
-        "seed: [1\n": "not a YAML mapping",
+        "seed: [1\n": "cannot be parsed as YAML",
         "student: [1]\n": "student: must be a section of keys and values, got [1]",
     }.items(),
 )

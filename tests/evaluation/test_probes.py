@@ -97,7 +97,7 @@ def test_embeddings_that_are_not_finite_are_named() -> None:
     data = blobs(40, 6)
     labeled = EvaluationSet(LabeledSamples(data.train, data.train_labels), LabeledSamples(data.test, data.test_labels))
     settings = Settings("a", (1,), (), augment=None, batch_size=1000)
-    refused = pytest.raises(RunError, match=r"^set, train: embeddings of the model student are not finite$")
+    refused = pytest.raises(RunError, match=r"^set, train: some embeddings of 'student' are infinite or NaN$")
     for value, expected in ((0.0, nullcontext()), (torch.nan, refused), (torch.inf, refused)):
         embeds = {"student": lambda x, value=value: {"a": x.index_fill(0, torch.tensor(3), value)}}
         with expected:

@@ -256,9 +256,11 @@ def test_int8_is_measured_with_other_images_of_the_run(
 def test_a_line_names_the_fastest_runtime_beside_the_next_and_the_slowest() -> None:
     rates = {"pytorch": (10.0, 40.0), "onnxruntime": (30.0, 20.0), "openvino": (15.0, 50.0)}
     found = {name: {"/s at 1": at_1, "/s at 16": at_16} for name, (at_1, at_16) in rates.items()}
-    line = "fastest runtime within the limits: /s at 1: onnxruntime, 2.00 times as fast as openvino and 3.00 times as "
-    line += "fast as pytorch; /s at 16: openvino, 1.25 times as fast as pytorch and 2.50 times as fast as onnxruntime"
-    assert verification.name_fastest(found) == line
+    assert verification.name_fastest(found) == (
+        "fastest runtime that met all limits: in batches of 1, onnxruntime is 2.00 times as fast as openvino and 3.00 "
+        "times as fast as pytorch; in batches of 16, openvino is 1.25 times as fast as pytorch and 2.50 times as fast "
+        "as onnxruntime"
+    )
     assert verification.name_fastest({"pytorch": found["pytorch"]}).endswith(": nothing to compare")
 
 
@@ -272,7 +274,9 @@ def test_the_command_measures_beside_pytorch(student: Path, tmp_path: Path, suff
     assert {line.split()[0] for line in shown.splitlines()} >= {"pytorch", runtime}
     factor = r"\d+\.\d\d times as fast as \S+( and .*)?"
     assert re.search(
-        rf"^fastest runtime within the limits: /s at 1: \S+, {factor}; /s at 16: \S+, {factor}$", shown, re.MULTILINE
+        rf"^fastest runtime that met all limits: in batches of 1, \S+ is {factor}; in batches of 16, \S+ is {factor}$",
+        shown,
+        re.MULTILINE,
     )
     report = json.loads((tmp_path / f"{program.name}.verify.json").read_text())
     assert report["faults"] == {}

@@ -350,7 +350,7 @@ def test_what_is_not_ours_stays(project: Path, photos: Path) -> None:
         (photos, "clips/train/index.json", "index.json/distill.yaml cannot be written"),
         (photos, "copied", "--out: .*copied holds foreign files, such as distill.json"),
         (photos, "run", "run holds a run of another command; choose another --out"),
-        (photos, "new[1]", r"--out: expected letters, .*new\[1\]'"),
+        (photos, "new[1]", r"--out: expected only letters, .*new\[1\]'"),
         (photos, "s3://bucket/run", "expected the path of a local file, not an address"),
     ):
         assert re.search(problem, refused(source, out, cwd=project)), (source, out)
