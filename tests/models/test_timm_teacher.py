@@ -163,7 +163,7 @@ def test_a_student_starts_from_an_attention_of_its_kind() -> None:
     teacher = build_teacher("vit_small_patch14_dinov2")
     student = teacher.build_student(depth=2, init="teacher_attention")
     assert_close(student.block_list[1].attn.qkv.weight, teacher.block_list[1].block.attn.qkv.weight)
-    with pytest.raises(ValueError, match="relative bias, but timm/vit_small_patch16_dinov3 has one"):
+    with pytest.raises(ValueError, match="position bias, but timm/vit_small_patch16_dinov3 uses one of them"):
         build_teacher("vit_small_patch16_dinov3").build_student(init="teacher_attention")
 
 
