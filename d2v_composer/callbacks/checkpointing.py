@@ -263,7 +263,7 @@ class NanGuard(Callback):
     """
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        batch, scale = int(state.timestamp.batch) - 1, loss_scale(state)
+        batch, scale = int(state.timestamp.batch), loss_scale(state)
         loss = (state.total_loss_dict or {}).get("loss/train/total", 0.0)
         # On a GPU the Trainer has an enabled scaler in any precision; this is set when a loss is first scaled.
         is_scaled = scale > 0 and getattr(state.scaler, "_scale", None) is not None

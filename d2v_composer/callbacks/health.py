@@ -142,16 +142,16 @@ class Health(Callback):
         if prediction < COLLAPSED_SHARE * target:
             yield (
                 "collapse",
-                f"the prediction's variance over the batch is {prediction:.2g}, but the target's is {target:.2g}",
+                f"the prediction's variance over the microbatch is {prediction:.2g}, but the target's is {target:.2g}",
             )
         in_parts = self.grace.unit == TimeUnit.DURATION
         elapsed = state.get_elapsed_duration() if in_parts else state.timestamp.get(self.grace.unit)
         if math.isfinite(error) and error >= target and elapsed is not None and elapsed >= self.grace:
-            yield "dead", f"the squared error {error:.4g} is no better than a constant prediction's, {target:.4g}"
+            yield "dead", f"the mean squared error {error:.4g} is no better than a constant prediction's, {target:.4g}"
         if math.isfinite(loss) and loss > DIVERGED_RATIO * self.lowest_loss:
             yield (
                 "diverging",
-                f"the mean loss {loss:.4g} exceeds {DIVERGED_RATIO} times the lowest mean yet, {self.lowest_loss:.4g}",
+                f"the mean loss {loss:.4g} exceeds {DIVERGED_RATIO} times its lowest value yet, {self.lowest_loss:.4g}",
             )
         if not_finite := [name for name, value in {"loss": loss, **values}.items() if not math.isfinite(value)]:
             yield "non_finite", f"infinite or NaN: {', '.join(not_finite)}"

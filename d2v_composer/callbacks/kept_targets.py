@@ -48,8 +48,8 @@ class KeptTargets(Callback):
     def check_room(self) -> str | None:
         """Return an error message if the disk lacks space for this node's share of the targets, else ``None``."""
         stored = self.path.stat().st_blocks * 512 if self.path.exists() else 0
-        what = "train_loader.views: the targets of all views"
-        return check_room(self.path.parent, what, self.num_bytes, stored, "set fewer views, or null")
+        what, advice = "train_loader.views: the targets of all views", "set views to a smaller number or null"
+        return check_room(self.path.parent, what, self.num_bytes, stored, advice)
 
     def after_load(self, state: State, logger: Logger) -> None:
         if not has_ended(state):

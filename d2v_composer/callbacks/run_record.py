@@ -21,8 +21,8 @@ IDENTITIES = {
     "model.sha256": "model (its sha256)",
     "model.embedding": "model.embedding",
     "model.num_classes": "number of classes",
-    "data.sha256": "train_loader or dataset (sha256 of the samples)",
-    "data.test_sha256": "dataset (sha256 of the test samples)",
+    "data.sha256": "training data (sha256 of the samples)",
+    "data.test_sha256": "test data (sha256 of the samples)",
 }
 
 

@@ -121,10 +121,10 @@ class ZeroShotRetrieval(Callback):
         progress_bar: bool = True,
     ) -> None:
         known = [metric.name for metric in PROBES]
-        if not {*known} >= {*probes}:
-            raise ValueError(f"probes must be among {', '.join(known)}, got {', '.join(probes)}")
+        if unknown := [probe for probe in probes if probe not in known]:
+            raise ValueError(f"probes must be among {', '.join(known)}, got {unknown[0]!r}")
         if "agreement" in probes and baselines is not None and TEACHER not in baselines:
-            raise ValueError("probes: agreement needs a baseline named teacher")
+            raise ValueError("probes: agreement needs a baseline named 'teacher'")
         has_teacher = baselines is None or TEACHER in baselines  # else fit_start asks the model
         self.settings = Settings(
             headline,
@@ -140,7 +140,7 @@ class ZeroShotRetrieval(Callback):
             self.settings.check(name, labeled)
             self.conditions |= self.settings.conditions(name, labeled)
             if augment is None and ("instance" in probes or not labeled.has_labels):
-                raise ValueError(f"{name}: instance retrieval needs the argument augment")
+                raise ValueError(f"{name}: instance retrieval needs the argument 'augment'")
         self.datasets = dict(datasets)
         self.embed = embed
         self.baselines = baselines

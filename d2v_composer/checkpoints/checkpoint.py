@@ -110,8 +110,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise CorruptCheckpointError(f"{path}: truncated or corrupt ({fault_of(error)})") from error
         raise InputError(f"{foreign} ({fault_of(error)})") from error
     # Composer does not load strictly: it would train on from random weights.
-    if not tensors or not all(isinstance(tensor, Tensor) and tensor.isfinite().all() for tensor in tensors):
-        raise InputError(f"{foreign}: expected only tensors of finite numbers in state.model")
+    if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors):
+        raise InputError(f"{foreign}: expected only tensors in state.model")
+    if name := next((name for name, tensor in checkpoint.tensors.items() if not tensor.isfinite().all()), None):
+        raise InputError(f"{path}: tensor {name} has values that are not finite")
     return checkpoint
 
 
@@ -223,5 +225,5 @@ def download(address: str, path: Path) -> bool:
         return download_existing(address, path)
     except Exception as error:
         raise InputError(
-            f"{address} cannot be read ({reason(error)}); an object store must permit reading and listing"
+            f"{address} cannot be read ({reason(error)}); if access was denied, permit both reading and listing"
         ) from error

@@ -72,7 +72,7 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> t
     if weights == "ema":
         averaged = _section(stored, "_ema")
         if averaged is None:
-            raise InputError(f"{path} has no EMA weights ('_ema'); use weights=model")
+            raise InputError(f"{path} has no EMA weights ('_ema'); set weights to 'model'")
         # Unless ema_local_encoder is true, the averaged model computes on the trained one's local features.
         local = tuple(f"{prefix}{part}." for part in ("local_encoder", "project_features"))
         stored = {name: value for name, value in stored.items() if name.startswith(local)} | averaged
@@ -168,8 +168,8 @@ def load_data2vec2(path: str | Path, weights: Weights) -> Data2Vec2:
             config = read_config(TeacherConfig, stored.config)
         if file_weights != weights:
             raise InputError(
-                f"{path} has {file_weights} weights, but no {weights} weights; convert the original checkpoint with "
-                f"d2v convert-teacher --weights {weights}"
+                f"{path} has {file_weights} weights, but no {weights} weights; set weights to {file_weights!r}, or "
+                f"convert the original checkpoint with d2v convert-teacher --weights {weights}"
             )
         teacher = build_loaded(path, lambda: Data2Vec2(config, stored.provenance), stored.tensors)
     with errors_of(str(path)):

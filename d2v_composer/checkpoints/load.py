@@ -71,7 +71,7 @@ def load_teacher(
         >>> targets = teacher.targets(x)  # (B, T, D)
     """
     if model != DATA2VEC2 and weights != "model":
-        raise InputError(f"weights: {model} has no {weights} weights; set weights=model")
+        raise InputError(f"weights: {model} has no {weights} weights; set weights to 'model'")
     if model.startswith(TIMM_PREFIX):
         from d2v_composer.checkpoints.timm_weights import load_timm_teacher  # timm takes seconds to import
 
@@ -120,12 +120,13 @@ def load_external(path: str | Path | None, model: str) -> Teacher:
     Raises:
         InputError: No package offers this teacher, or several do; or the package fails, or returns no teacher.
     """
+    name = model.removeprefix(PACKAGE_PREFIX)
     with errors_of("model"):
-        entry = find_entry_point(ENTRY_POINTS, model.removeprefix(PACKAGE_PREFIX))
+        entry = find_entry_point(ENTRY_POINTS, name)
     if entry is None:
         raise InputError(
-            f"model: no installed package offers {model} as an entry point of the group {ENTRY_POINTS}; install "
-            "such a package, or pass a teacher made in Python: train_student(config, teacher=…)"
+            f"model: no installed package provides {model} (entry point {name!r} of the group {ENTRY_POINTS}); install "
+            "one, or pass a teacher made in Python: train_student(config, teacher=…)"
         )
     with errors_of(f"model: {model} from {entry.value}"):
         teacher = entry.load()(path)
@@ -318,7 +319,7 @@ def _load_teacher_of(record: Record, path: Path, teacher_path: str | None) -> Te
     except InputError as error:
         if teacher_path is not None:
             raise
-        how = f"if the teacher of {path} has moved, give the new path: --teacher PATH, or teacher=PATH after a YAML"
+        how = f"if the teacher of {path} has moved, give the new path: --teacher PATH or, with a YAML, teacher=PATH"
         advice = "" if model.startswith(PACKAGE_PREFIX) else f"; {how}"
         if not record["student"]["own_encoder"]:
             raise InputError(f"{error}{advice}") from error

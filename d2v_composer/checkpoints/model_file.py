@@ -181,8 +181,10 @@ def check_numbers(tensors: Tensors) -> None:
         if tensor.dtype not in FLOATS or tensor.layout != torch.strided or tensor.is_meta:
             raise ValueError(f"tensor {name} is not a dense floating-point tensor")
         # An expanded tensor would grow to any size when it is copied.
-        if tensor.nbytes > tensor.untyped_storage().nbytes() or not tensor.isfinite().all():
-            raise ValueError(f"tensor {name} has values that are not finite, or fewer values than its shape needs")
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise ValueError(f"tensor {name} has fewer values than its shape needs")
+        if not tensor.isfinite().all():
+            raise ValueError(f"tensor {name} has values that are not finite")
 
 
 def loading_fault(error: Exception) -> str:
@@ -261,8 +263,10 @@ def new_student(
 
         student = TimmStudent(sizes.network, provenance)
     info = sizes.embedding
-    if info.raw not in student.raw_names or (info.made_by != "raw") != ("alignment.weight" in tensors):
-        raise ValueError(f"the embedding that it describes does not fit its model or its tensors: {info}")
+    if info.raw not in student.raw_names:
+        raise ValueError(f"its sizes name the embedding {info.raw!r}, which the model does not have")
+    if (info.made_by != "raw") != (has_alignment := "alignment.weight" in tensors):
+        raise ValueError(f"it {'has' if has_alignment else 'lacks'} an alignment, unlike what its sizes say")
     student.raw_embedding = info.raw
     if info.made_by != "raw":
         weight, bias = (torch.empty(tensors[f"alignment.{name}"].shape) for name in ("weight", "bias"))

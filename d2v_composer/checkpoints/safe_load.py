@@ -85,7 +85,7 @@ def check_archive(path: Path, kind: type[InputError] = InputError) -> None:
             if len({entry.filename.casefold() for entry in entries}) != len(entries):  # torch may read another one
                 raise ValueError("its archive has files whose names are equal or differ only in upper and lower case")
             if (broken := archive.testzip()) is not None:  # torch maps the tensors into memory without a look
-                raise ValueError(f"its member {broken} has a wrong checksum")
+                raise ValueError(f"the checksum of {broken} in its archive is wrong")
             pickled = archive.getinfo(f"{entries[0].filename.partition('/')[0]}/data.pkl")
             if pickled.file_size > MAX_PICKLE_BYTES:
                 raise ValueError(f"its pickle has {pickled.file_size} bytes; the limit is {MAX_PICKLE_BYTES}")

@@ -124,8 +124,8 @@ def check_finite(checkpoint: dict[str, Any]) -> None:
     tensors = named_tensors({part: state[part] for part in ("model", "optimizers")})
     mine = next((name for name, tensor in tensors if not tensor.isfinite().all()), None)
     if culprit := next((name for name in dist.all_gather_object(mine) if name is not None), None):
-        batches = state["timestamp"]["Timestamp"]["batch"]
-        raise FloatingPointError(f"batch {int(batches) - 1}: {culprit} is not finite; {ADVICE}")
+        batch = int(state["timestamp"]["Timestamp"]["batch"])
+        raise FloatingPointError(f"batch {batch}: {culprit} has values that are not finite; {ADVICE}")
 
 
 def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:

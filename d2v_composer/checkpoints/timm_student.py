@@ -54,7 +54,7 @@ def convert_to_timm(source: ModelName, student: Backbone) -> tuple[Record, Tenso
     if isinstance(encoder.config, TimmConfig):
         encoder.config = encoder.config.changed(timm=timm.__version__, outputs=student.sample_outputs())
     sizes, (name, options) = sizes_of(student), timm_arguments(student)
-    rule = "; a classifier or alignment must be one linear layer on output_cls" if options["num_classes"] else ""
+    rule = " (a classifier or alignment must be one linear layer on output_cls)" if options["num_classes"] else ""
     with errors_of(f"{source}: timm would not compute what the student computes{rule}"), torch.no_grad():
         model: nn.Module
         if isinstance(encoder, TimmBackbone):

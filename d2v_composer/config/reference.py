@@ -97,5 +97,5 @@ def load_any(
         if teacher is not None:
             raise InputError(f"{path} is not a student, so it has no teacher; leave out teacher={teacher}")
     elif weights != "model":  # the student's record says which its teacher has
-        raise InputError(f"weights: {path} is a student, which has no {weights} weights; set weights=model")
+        raise InputError(f"weights: {path} is a student, which has no {weights} weights; set weights to 'model'")
     return loaded, its_teacher

@@ -76,11 +76,11 @@ def test_a_healthy_run_has_no_warnings(caplog: pytest.LogCaptureFixture) -> None
 @pytest.mark.parametrize(
     ("state", "model", "reason"),
     [
-        ("collapse", Regressor(scale=0.09), r"collapse at batch 5: the prediction's variance over the batch is 0.00"),
+        ("collapse", Regressor(scale=0.09), r"collapse at batch 5: the prediction's variance over the microbatch is 0"),
         (
             "dead",
             Regressor(shift=1.2),
-            r"dead at batch 5: the squared error 1.\d+ is no better than a constant prediction's, [01].\d+",
+            r"dead at batch 5: the mean squared error 1.\d+ is no better than a constant prediction's, [01].\d+",
         ),
         ("diverging", Regressor(errors=dict.fromkeys(range(10, 20), 0.2)), "diverging at batch 15: the mean loss 0.04"),
         ("non_finite", Regressor(errors={9: math.inf}), "non_finite at batch 10: infinite or NaN: loss, "),

@@ -87,7 +87,7 @@ def test_a_student_has_no_weights_to_choose(uninterrupted: Path, tmp_path: Path)
     save_student(load_teacher(TEACHER).build_student(depth=1), student)
     of_teacher = partial(load_any, weights="ema", teacher=str(TEACHER))  # the record has its teacher's weights
     for path, load in ((student, of_teacher), (student, embed_ema), (uninterrupted / "latest-rank0.pt", embed_ema)):
-        said = f"weights: {path} is a student, which has no ema weights; set weights=model"
+        said = f"weights: {path} is a student, which has no ema weights; set weights to 'model'"
         assert refused_by(load, path) == said
 
 

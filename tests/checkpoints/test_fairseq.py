@@ -118,7 +118,7 @@ def test_ema_weights_are_other_weights_and_may_be_missing(tmp_path: Path) -> Non
     assert torch.equal(averaged.get_parameter(QKV), ema[QKV])
     alone = load_teacher(save(checkpoint | {"model": checkpoint["model"] | ema}, tmp_path))
     assert torch.equal(averaged.encode(random_images()), alone.encode(random_images()))
-    with pytest.raises(InputError, match=r"no EMA weights .*weights=model"):
+    with pytest.raises(InputError, match=r"no EMA weights .*set weights to 'model'"):
         load_teacher(path, weights="ema")
 
 
@@ -131,7 +131,7 @@ WRONG: dict[str, Callable[[Tensor], Tensor]] = {
     "tensor {} is not a dense floating-point tensor": lambda tensor: tensor.to_sparse(),
     "{} is not a dense": lambda tensor: tensor.to("meta"),
     "tensor {} is not": lambda tensor: torch.complex(tensor, tensor),
-    "or fewer values than its shape needs": lambda tensor: tensor.flatten()[:1].clone().expand(tensor.shape),
+    "tensor {} has fewer values than its shape needs": lambda tensor: tensor.flatten()[:1].clone().expand(tensor.shape),
 }
 
 

@@ -294,7 +294,7 @@ def test_other_images_of_the_same_sizes_are_another_data_set(small_data: Path, t
     shard = min(data.glob("shard.*.mds"))
     shard.write_bytes(flip_bit(shard.read_bytes()))
     before = contents_of(run.folder)
-    assert "train_loader or dataset (sha256 of the samples): checkpoint has " in run.refused()
+    assert "training data (sha256 of the samples): checkpoint has " in run.refused()
     assert contents_of(run.folder) == before
     shutil.copyfile(small_data / shard.name, shard)
     run.train()
@@ -386,7 +386,7 @@ def test_a_run_with_a_nan_loss_ends_before_it_saves(run: Run) -> None:
     """Promises 13 and 18: the newest checkpoint has finite weights."""
     options = "optimizer.lr=1e20", "algorithms.gradient_clipping=null", "save_interval=1ba", "scheduler.t_warmup=0ba"
     line = run.refused(*options, status=1)
-    assert f"batch {batch_of(run.newest)}: the training loss is nan; earlier checkpoints are kept" in line
+    assert f"batch {batch_of(run.newest) + 1}: the training loss is nan; earlier checkpoints are kept" in line
     assert all(tensor.isfinite().all() for tensor in student_of(run.folder).values())
 
 

@@ -372,7 +372,7 @@ def test_a_slip_is_one_line(changes: list[str], line: str, scenes: Path, tmp_pat
 def test_a_resume_keeps_its_boxes_and_its_detector(detector: Path, scenes: Path) -> None:
     for changes, line in (
         (["channels=16"], "channels: checkpoint has 8, this run has 16"),
-        (boxes_of("test", scenes / "train"), "dataset (sha256 of the test samples): checkpoint has "),
+        (boxes_of("test", scenes / "train"), "test data (sha256 of the samples): checkpoint has "),
     ):
         ended = run_command(sys.executable, SCRIPT, *small_detection(detector, scenes, "max_duration=8ba", *changes))
         assert line in failure(ended, 2)

@@ -236,7 +236,7 @@ def test_a_resume_keeps_its_test_images(finetuned: Path, student: Path, labeled:
     shutil.copytree(labeled / "train", tmp_path / "train")
     write_mds(tmp_path / "test", [encoded_image(i) for i in range(48)], [*(i % 4 for i in range(47)), 0])
     line = refused(small_finetuning(finetuned, student, tmp_path, "max_duration=14ba"))
-    assert ".pt: dataset (sha256 of the test samples): checkpoint has " in line
+    assert ".pt: test data (sha256 of the samples): checkpoint has " in line
 
 
 def test_batches_have_lengths_only_if_clips_are_padded() -> None:

@@ -117,6 +117,6 @@ def test_an_overflow_skips_the_step_and_a_resume_has_the_scale(
 def test_a_scale_at_its_floor_ends_the_run(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     allow_float16(monkeypatch, init_scale=2.0**-10)
     with pytest.raises(
-        FloatingPointError, match=r"^batch 5: the loss scale fell to 6\.1\S+e-05 because the gradients are not"
+        FloatingPointError, match=r"^batch 6: the loss scale fell to 6\.1\S+e-05 because the gradients are not"
     ):
         train.main(small_run(tmp_path, small_data, *FLOAT16), [NotFinite()])

@@ -100,7 +100,7 @@ def evaluated(folder: Path, *options: str) -> tuple[set[str], str]:
 
 def test_a_run_resumes_only_with_it(run: Path, package: Path, small_data: Path) -> None:
     arguments = settings(run, small_data, run.name, "max_duration=6ba")
-    assert "teacher.model: no installed package offers ext/own_teacher as an entry point" in refused_run(arguments)
+    assert "teacher.model: no installed package provides ext/own_teacher (entry point" in refused_run(arguments)
     ended = run_command(sys.executable, "-c", INSTALLED, package, package / "installed", *train_command(arguments)[1:])
     assert ended.returncode == 0, ended.stderr
     assert load_checkpoint(run / "latest-rank0.pt")["state"]["timestamp"]["Timestamp"]["batch"] == 6

@@ -198,8 +198,8 @@ def test_what_timm_would_compute_otherwise_is_not_trained(small_data: Path, tmp_
     """timm's head has two layers after the pooled feature."""
     name, student = "timm/caformer_s18", tmp_path / "student.safetensors"
     save_student(load_teacher(GOLDEN / "tiny_base.pt").build_student(model=name), student)
-    problem = "timm would not compute what the student computes; a classifier or alignment must be one linear layer "
-    problem += "on output_cls: .*is invalid for input of size"
+    problem = r"timm would not compute what the student computes \(a classifier or alignment must be one linear layer "
+    problem += r"on output_cls\): .*is invalid for input of size"
     with pytest.raises(InputError, match=f"^student.model: {problem}"):
         train(small_run(tmp_path / "run", small_data, *NETWORK, f"student.model={name}"))
     with pytest.raises(InputError, match=f"^model: {problem}"):
