@@ -282,7 +282,7 @@ def test_what_a_run_is_cannot_be_changed(uninterrupted: Path, small_data: Path, 
     assert [name for name in names if f"{name}: checkpoint has " not in line] == [], line
     assert "seed: checkpoint has 17, this run has 18" in line, line
     assert "train_loader.column: checkpoint has None, this run has image" in line
-    assert "train_loader" in run.refused(f"train_loader.local={labeled / 'test'}")
+    assert "training data" in run.refused(f"train_loader.local={labeled / 'test'}")
     assert contents_of(uninterrupted) == before
 
 
