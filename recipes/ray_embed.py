@@ -65,7 +65,7 @@ def main(model: str, source: str, out: str, column: str = "") -> None:
         num_gpus=0.25 if "GPU" in ray.cluster_resources() else 0,  # four share a GPU, and each decodes on a core
     ).drop_columns([column]).write_parquet(out, mode=ray.data.SaveMode.ERROR)
     unreadable = ray.data.read_parquet(out, columns=["error"]).filter(lambda row: row["error"] is not None)
-    print(f"wrote {out}, with {unreadable.count()} unreadable samples; the column 'error' has the reasons")
+    print(f"wrote {out}; unreadable samples: {unreadable.count()} (the column 'error' has the reasons)")
 
 
 if __name__ == "__main__":

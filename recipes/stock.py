@@ -27,12 +27,12 @@ from d2v_composer.checkpoints.load import save_student
 parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
 parser.add_argument("--teacher", default="yamls/quickstart/teacher.safetensors", help="a data2vec 2.0 checkpoint")
 parser.add_argument("--remote", help="address of MDS shards of images; default: the shards are in --local")
-parser.add_argument("--local", default="yamls/quickstart/cifar10/train", help="folder of the shards, or their cache")
+parser.add_argument("--local", default="yamls/quickstart/cifar10/train", help="folder of shards; a cache with --remote")
 parser.add_argument("--labeled", default="yamls/quickstart/cifar10", help="folder of labeled images")
 parser.add_argument("--save-folder", default="runs/stock", help="folder or address for checkpoints")
 parser.add_argument("--out", default="runs/stock_results", help="folder for TensorBoard and the student")
 parser.add_argument("--max-duration", default="600ba", help="duration in batches (ba) of 32 images, or epochs (ep)")
-parser.add_argument("--interval", default="200ba", help="time between checkpoints, and between retrievals")
+parser.add_argument("--interval", default="200ba", help="time between checkpoints and between retrievals, in ba or ep")
 
 
 class Images(StreamingDataset):

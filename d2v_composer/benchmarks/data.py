@@ -142,5 +142,6 @@ def take_all(loader: Iterable, num_images: int) -> None:
         count += len(images)
     if (count, *images.shape[1:]) != (num_images, 3, IMAGE_SIZE, IMAGE_SIZE):
         raise RuntimeError(
-            f"expected {num_images} images of {IMAGE_SIZE} px, got {count}; last batch: {tuple(images.shape)}"
+            f"expected {num_images} images of {IMAGE_SIZE} x {IMAGE_SIZE} pixels, got {count} images; "
+            f"shape of the last batch: {tuple(images.shape)}"
         )

@@ -25,7 +25,7 @@ def benchmark(*, bank: int, queries: int, dim: int, k: int, repeats: int) -> Rec
         RuntimeError: The searches find different neighbors.
     """
     if k > bank:
-        raise InputError(f"--k: must be at most --bank {bank}, got {k}")
+        raise InputError(f"--k: must be at most {bank}, the value of --bank; got {k}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     setting = {"bank": bank, "queries": queries, "dim": dim, "k": k, "device": device, "repeats": repeats}
     torch.manual_seed(0)

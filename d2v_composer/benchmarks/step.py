@@ -83,7 +83,9 @@ def benchmark(
     )
     check_compiler(config.compile)
     if config.student.model is not None:
-        raise InputError(f"student.model: must be null, got {config.student.model}; --size chooses the models")
+        raise InputError(
+            f"student.model: must be null, got {config.student.model}; --size chooses the teacher and the student"
+        )
     torch.manual_seed(0)
     model = build_model(size)
     encoder = model.teacher.encoder

@@ -56,7 +56,7 @@ class Align(Command):
         if (path is None) == (self.to is None):
             raise InputError(f"expected either --index or --to, got {'neither' if path is None else 'both'}")
         if path is not None and (self.pooling or self.representation):
-            raise InputError("--pooling and --representation apply only to --to")
+            raise InputError("--pooling and --representation can be used only with --to")
         if out.suffix != ".safetensors":
             raise InputError(f"{out} must end in .safetensors")
         check_out_file(out, overwrite=self.overwrite)
@@ -85,8 +85,8 @@ class Align(Command):
             index = read_index(path)
             pairs, num_repeated = pairs_of_index(source, index, path, self.max_samples)
             print(
-                f"{len(pairs.numbers):,} pairs from {len(source):,} samples and {len(index.ids):,} rows of the index; "
-                f"left out {num_repeated:,} rows with repeated ids"
+                f"{len(pairs.numbers):,} pairs of a sample and a row with the same id, from {len(source):,} samples "
+                f"and {len(index.ids):,} rows of the index; rows left out because of repeated ids: {num_repeated:,}"
             )
         else:
             assert self.to is not None  # because there is no index
@@ -104,7 +104,7 @@ class Align(Command):
         about = {"of": pairs.of.of, "space": pairs.of.space} | aligned.statistics
         student.provenance = student.provenance | {"alignment": about}
         print_skipped(aligned.skipped)
-        print(f"R² of the alignment, on a held-out tenth of the pairs: {aligned.statistics['r2']:.3f}")
+        print(f"R² of the alignment, on a held-out tenth of the samples: {aligned.statistics['r2']:.3f}")
         recall = ", ".join(f"@{k} {share:.3f}" for k, share in aligned.recall.items())
         print(f"recall of the nearest neighbors, on {aligned.queries} held-out samples: {recall}")
         save_student(student, out)

@@ -80,7 +80,7 @@ class Convert(Command):
             **options,
         )
         if conversion.resumed:
-            print(f"resumed an interrupted conversion after {conversion.resumed} shards")
+            print(f"resumed an interrupted conversion; shards written before: {conversion.resumed}")
         hours = f" ({sum(conversion.lengths) / SAMPLE_RATE / 3600:,.2f} hours)" if conversion.lengths else ""
         classes = f"{len(source.class_names)} classes" if source.class_names else "labels without names"
         classes = "no labels" if source.label is None else classes

@@ -51,12 +51,12 @@ class ConvertTeacher(Command):
             self.source, out, self.weights, dtype, self.license, self.embedding, **spectrogram
         )
         config, provenance = teacher.config, teacher.provenance
-        print(f"{provenance['source']} (sha256 of the weights: {provenance['sha256']})")
+        print(f"source: {provenance['source']} (sha256 of the weights: {provenance['sha256']})")
         print(
             f"{config.modality} model: width {config.embed_dim}, {config.num_heads} heads, "
             f"{config.prenet_depth + config.depth} blocks ({config.prenet_depth} shared with students by default), "
-            f"{teacher.encoder.num_tokens()} tokens for an input of "
-            f"{' x '.join(map(str, teacher.encoder.example(1).shape[1:]))}"
+            f"{teacher.encoder.num_tokens()} tokens for an input of shape "
+            f"{tuple(teacher.encoder.example(1).shape[1:])}"
         )
         for verb, names in (("used", list(teacher.state_dict())), ("left out", left)):
             print(f"{verb} {len(names)} tensors")

@@ -60,8 +60,10 @@ class Export(Command):
             raise InputError(f"{out} must end in .safetensors, .onnx or .pt2")
         if out.suffix == ".safetensors" and (self.pooling or self.representation or takes_pixels):
             raise InputError(f"{out}: --pooling, --representation and --preprocessing are only for .onnx and .pt2")
-        if (self.int8 and out.suffix != ".onnx") or (self.calibrate and not self.int8):
-            raise InputError(f"{out}: --int8 is only for .onnx, and --calibrate only for --int8")
+        if self.int8 and out.suffix != ".onnx":
+            raise InputError(f"{out}: --int8 is only for .onnx")
+        if self.calibrate and not self.int8:
+            raise InputError("--calibrate can be used only with --int8")
 
         from d2v_composer.checkpoints.timm_student import timm_call
         from d2v_composer.config.reference import load_any

@@ -9,9 +9,9 @@ SIZE is base, large or huge for an image model of data2vec 2.0; base_audio or la
 
 from d2v_composer.commands.command import Command, Embedding, PlaceHere, Positional
 from d2v_composer.models.configs import RELEASED, ImageConfig
-from d2v_composer.models.names import DATA2VEC2
+from d2v_composer.models.names import DATA2VEC2, TIMM_PREFIX
 from d2v_composer.system.command_line import print_next, training
-from d2v_composer.system.errors import errors_of
+from d2v_composer.system.errors import InputError, errors_of
 from d2v_composer.system.files import check_out_file
 
 
@@ -37,7 +37,9 @@ class RandomTeacher(Command):
         torch.manual_seed(0)
         config = RELEASED.get(size)
         provenance = {"source": f"random {size}", "weights": "model", "license": "none: random weights"}
-        with errors_of(f"SIZE must be {', '.join(RELEASED)} or timm/NAME"):
+        if config is None and not size.startswith(TIMM_PREFIX):
+            raise InputError(f"SIZE: must be {', '.join(RELEASED)} or timm/NAME, got {size!r}")
+        with errors_of("SIZE"):
             model = materialize(build_timm_model(size)) if config is None else Data2Vec2(config, provenance)
         tensors = model.state_dict()
         for name, tensor in tensors.items():  # LayerScale becomes 1: timm's 1e-5 would leave nothing of a block

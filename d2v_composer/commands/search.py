@@ -79,7 +79,7 @@ class Search(Command):
             ("--source", self.source, "--html", page is not None),
         ):
             if value is not None and not is_met:
-                raise InputError(f"{name}: applies only to {needed}")
+                raise InputError(f"{name}: can be used only with {needed}")
         if page is not None:
             check_out_file(page, overwrite=self.overwrite)
 
@@ -135,16 +135,18 @@ def _open_samples(path: str, index: "VectorIndex", source: str | None) -> "tuple
     from d2v_composer.sources.open import open_source
 
     if (made_by := index.made_by) is None:
-        raise InputError(f"--html: {path} does not say from which samples it was made; run d2v embed again")
+        raise InputError(f"--html: {path} has no record of the samples it was made from; run d2v embed again")
     modality = MODALITIES[made_by["modality"]].of_side(SHOWN_SIZE)
-    hint = f"; set --source to the samples of {path}"
+    hint = "; set --source to the place where the embedded samples are now"
     try:
         samples = open_source(source or made_by["source"], modality, column=made_by["column"])
     except InputError as error:
         raise InputError(f"--html: {error}{hint}") from error
     numbers = {str(name): number for number, name in enumerate(samples.ids)}
     if missing := sorted({*index.ids.tolist()} - numbers.keys()):
-        raise InputError(f"--html: {samples.root} lacks {len(missing):,} of the samples, such as {missing[0]}{hint}")
+        raise InputError(
+            f"--html: {samples.root} lacks samples of {path}: {len(missing):,}, such as {missing[0]}{hint}"
+        )
     return samples, numbers
 
 

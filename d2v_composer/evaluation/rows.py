@@ -93,7 +93,7 @@ def find_headline(headline: str, names: Collection[str], info: EmbeddingInfo | N
             return name
     if len(names) == 1:
         return next(iter(names))
-    raise ValueError(f"the headline must be one of {', '.join(names)}, got {headline!r}")
+    raise ValueError(f"headline must be one of {', '.join(names)}, got {headline!r}")
 
 
 def row_of(model: str, color: str = "") -> Row:

@@ -7,8 +7,14 @@ from contextlib import suppress
 from operator import index
 from pathlib import Path
 
-# Logged below health/ as 0 or 1.
-HEALTH_STATES = ("collapse", "dead", "diverging", "non_finite", "scaler_skips")
+# Logged below health/ as 0 or 1 → what the report says about 1.
+HEALTH_STATES = {
+    "collapse": "the prediction was nearly the same for all samples of a batch",
+    "dead": "the prediction was no better than a constant",
+    "diverging": "the loss rose far above its lowest mean",
+    "non_finite": "the loss, the prediction or the target was infinite or NaN",
+    "scaler_skips": "the loss scale fell",
+}
 Log = Mapping[str, Mapping[int, float]]
 """Key → step → value."""
 

@@ -70,7 +70,9 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
     if CARD_MARK not in text:
         return lambda: f"kept {readme}: d2v export did not write it"
     if described != out.name and out.with_name(described).exists():
-        return lambda: f"kept {readme}: it describes {described}; in another folder, {out.name} gets its own card"
+        return lambda: (
+            f"kept {readme}: it describes {described}; to get a model card, export {out.name} to another folder"
+        )
     modality = MODALITIES[student.encoder.config.modality]
     network = getattr(student.config, "model", None)
     with reading(source):
@@ -111,7 +113,7 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
 
     def write() -> str:
         write_atomically(readme, card)
-        return f"wrote {readme}: the model card; license: {license}"
+        return f"wrote {readme}, the model card; license: {license}"
 
     return write
 

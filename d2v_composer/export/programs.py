@@ -89,7 +89,7 @@ def export_program(program: Program, path: Path) -> None:
         inputs = torch.randint_like(inputs, 256) if program.takes_pixels else torch.randn_like(inputs)
         outputs = torch.from_numpy(load(str(partial))(inputs.numpy()))
         if not is_equal_but_for_rounding(outputs, program.compute(program.original, inputs)):
-            raise InputError("the exported model would not compute what the student computes")
+            raise InputError("the exported model computes other embeddings than the student, and was not written")
 
 
 def metadata_of(student: Backbone, embedding: str, takes_pixels: bool) -> dict[str, str]:
@@ -127,7 +127,8 @@ def read_metadata(path: Path, student: Backbone) -> tuple[str, bool, bool]:
     expected = metadata_of(student, embedding, takes_pixels)["preprocessing"]
     if stored["preprocessing"] != expected:
         raise InputError(
-            f"{path}: its preprocessing is {stored['preprocessing']}, but the student's preprocessing is {expected}"
+            f"{path}: its preprocessing is {stored['preprocessing']}, but the student's preprocessing is {expected}; "
+            "--student must name the student that was exported"
         )
     return embedding, is_int8, takes_pixels
 
@@ -141,7 +142,9 @@ def write_onnx(program: Program, path: Path, metadata: dict[str, str]) -> None:
     import onnx
 
     if (size := sum(tensor.nbytes for tensor in program.state_dict().values())) > MAX_ONNX:
-        raise InputError(f"an ONNX file holds at most 2 GB, and this student has {size / 1e9:.1f} GB; export to .pt2")
+        raise InputError(
+            f"an ONNX file holds at most 2 GB, but this student's weights take {size / 1e9:.1f} GB; export to .pt2"
+        )
     encoder = program.student.encoder
     with warnings.catch_warnings():  # torch 2.13 warns of its own LeafSpec
         warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)

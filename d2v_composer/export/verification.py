@@ -65,10 +65,7 @@ def verify(
     embedding, is_int8, takes_pixels = read_metadata(exported, student)
     suited = [name for name, entry in RUNTIMES.items() if entry.suffix == exported.suffix and find_spec(entry.package)]
     if refused := [name for name in runtime or () if name not in suited]:
-        raise InputError(
-            f"--runtime: {refused[0]} is not installed, or takes no {exported.suffix} file; use --kit FOLDER, and "
-            "run the script in FOLDER in the runtime's own environment"
-        )
+        raise InputError(f"--runtime: {explain_refusal(refused[0], exported)}")
     report, script = exported.with_name(f"{exported.name}.verify.json"), Path(check_program.__file__)
     check_out_file(report)
     if kit is not None:
@@ -111,6 +108,16 @@ def verify(
     add_section(exported.with_name("README.md"), f"{exported.name} in each runtime", f"```\n{table}\n```\n")
     if faults:
         raise RunError(*(f"{exported}: {name}: {fault}" for name, fault in faults.items()))
+
+
+def explain_refusal(runtime: str, exported: Path) -> str:
+    """Return why a runtime cannot measure an exported file, and what to do."""
+    if (suffix := RUNTIMES[runtime].suffix) != exported.suffix:
+        return f"{runtime} takes {suffix} files, got {exported.name}; to measure a converted file, use --kit FOLDER"
+    return (
+        f"{runtime} is not installed; install it, or use --kit FOLDER, and run the script in FOLDER in the runtime's "
+        "own environment"
+    )
 
 
 def name_fastest(medians: Mapping[str, Mapping[str, float]]) -> str:

@@ -26,8 +26,8 @@ def write_report(run: Run, folder: Path) -> list[Path]:
         record=run.record,
         num_batches=int(latest(run.log.get("time/batch", {})) or 0),
         warnings=[
-            f"{state.replace('_', ' ')}: first at batch {min(batches)}, last at batch {max(batches)}"
-            for state in HEALTH_STATES
+            f"{problem} (health/{state} in the log): first at batch {min(batches)}, last at batch {max(batches)}"
+            for state, problem in HEALTH_STATES.items()
             if (batches := [step for step, value in run.log.get(f"health/{state}", {}).items() if value])
         ],
         answers=list(verdicts(run)),

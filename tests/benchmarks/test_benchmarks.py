@@ -114,7 +114,7 @@ def test_contenders_that_find_something_else_are_an_error() -> None:
     ("arguments", "message"),
     [
         (["data", "--images", "absent"], "absent cannot be read: No such file or directory"),
-        (["retrieval", "--k", "21", "--bank", "20"], "--k: must be at most --bank 20, got 21"),
+        (["retrieval", "--k", "21", "--bank", "20"], "--k: must be at most 20, the value of --bank; got 21"),
         (
             ["step", "--no-compile", "student.model=timm/resnet18"],
             "student.model: must be null, got timm/resnet18; --s",

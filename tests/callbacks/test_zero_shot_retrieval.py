@@ -397,7 +397,7 @@ def test_a_baseline_without_layer_mean_falls_back_to_its_output() -> None:
     without = ZeroShotRetrieval(
         {"set": WHOLE}, "10ba", headline="layer_mean_cls", all_embeddings=True, embed=two_embeddings
     )
-    with pytest.raises(ValueError, match="the headline must be one of whole, corner, got 'layer_mean_cls'"):
+    with pytest.raises(ValueError, match=r"^headline must be one of whole, corner, got 'layer_mean_cls'"):
         train(Watched(), without, "10ba")
 
 

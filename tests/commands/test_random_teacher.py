@@ -45,5 +45,5 @@ def test_it_loads_and_its_targets_differ_between_images(
 
 def test_another_size_is_named(tmp_path: Path) -> None:
     sizes = "base, large, huge, base_audio, large_audio, base_eat"
-    with pytest.raises(InputError, match=f"^SIZE must be {sizes} or timm/NAME: no model 'big'; expected timm/NAME"):
+    with pytest.raises(InputError, match=f"^SIZE: must be {sizes} or timm/NAME, got 'big'$"):
         random_teacher.main(["big", str(tmp_path / "teacher.safetensors")])

@@ -160,8 +160,8 @@ def test_a_moved_model_or_samples_are_named(indexes: Path, tmp_path: Path) -> No
         (["photos/1.png", "--model", "unaligned.safetensors"], "another space"),
         (["photos/1.png", "--model", str(GOLDEN / "tiny_base.pt")], "another space"),
         (["photos/none.png"], "none.png"),
-        (["photos/1.png", "--above", "0.9"], "--above: applies only to --duplicates"),
-        (["--id", "1.png", "--source", "photos"], "--source: applies only to --html"),
+        (["photos/1.png", "--above", "0.9"], "--above: can be used only with --duplicates"),
+        (["--id", "1.png", "--source", "photos"], "--source: can be used only with --html"),
         (["--duplicates", "--above", "2"], "--above.*less than 1"),
         (["--duplicates", "--above", "nan"], "--above"),
     ],
@@ -185,7 +185,7 @@ def test_an_index_of_unknown_origin_needs_a_model(indexes: Path, tmp_path: Path)
     with pytest.raises(InputError, match=r"rows of 192 channels, but the model's embeddings have 48"):
         found(index, query, "--model", GOLDEN / "tiny_base.pt")
     assert found(index, query, "--model", TEACHER, "--k", "1")[0].rows.tolist() == [1]
-    with pytest.raises(InputError, match="does not say from which samples it was made"):
+    with pytest.raises(InputError, match="has no record of the samples it was made from"):
         found(index, "--duplicates", "--html", tmp_path / "page.html")
 
 

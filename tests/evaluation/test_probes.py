@@ -137,7 +137,7 @@ def test_a_warning_names_model_and_data_once(caplog: pytest.LogCaptureFixture, m
         results = list(measure(rows_of(embeds), embedded, dataset, labeled, settings))
         assert len(results) == 2 * 2 * 3
     assert caplog.messages == [
-        f"{dataset}, {model}: the linear probe has not converged"
+        f"{dataset}, {model}: the linear probe has not converged; its accuracy may be too low"
         for dataset in ("first", "second")
         for model in ("student", "teacher")
     ]

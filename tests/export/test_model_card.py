@@ -111,7 +111,7 @@ def test_an_exported_checkpoint_has_a_card(
     uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_export(uninterrupted / "latest-rank0.pt", tmp_path / "student.safetensors")
-    assert f"wrote {tmp_path / 'README.md'}: the model card; license: unknown" in capsys.readouterr().out
+    assert f"wrote {tmp_path / 'README.md'}, the model card; license: unknown" in capsys.readouterr().out
     card = (tmp_path / "README.md").read_text()
     assert "2 blocks on the first layers of its teacher. d2v-composer trained it on 96 images" in card
     assert "recipes/train.py" in card
@@ -217,7 +217,7 @@ def test_a_card_belongs_to_the_student_that_it_describes(tmp_path: Path) -> None
     card = readme.read_text().replace("ORG/NAME", "me/mine")
     readme.write_text(card)
     said = write_card(small_student(), second)
-    assert said.startswith(f"kept {readme}: it describes {first.name}; in another folder, second")
+    assert said.startswith(f"kept {readme}: it describes {first.name}; to get a model card, export second")
     assert readme.read_text() == card
     first.unlink()
     write_card(small_student(), second)

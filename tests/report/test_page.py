@@ -256,7 +256,7 @@ def test_draws_an_interrupted_run_without_its_images(run_folder: Path, tmp_path:
     written = report.main([str(folder)])
     assert {path.stem for path in written} >= {"report", "loss", "retrieval_squares_bank_train"}
     assert "What the student finds" not in (folder / "report.html").read_text()
-    assert "diverging: first at batch 7, last at batch 9" in (folder / "report.html").read_text()
+    assert "(health/diverging in the log): first at batch 7, last at batch 9" in (folder / "report.html").read_text()
 
 
 def test_a_data_set_that_was_rebuilt_has_no_gallery(

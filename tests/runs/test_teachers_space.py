@@ -231,7 +231,7 @@ def test_a_student_finds_what_an_old_index_finds(
     old = tmp_path / (kind if "." in kind else "old.npy")
     write_index(old, ids[shuffled], rows[shuffled].astype("float16" if kind == "float16" else "float32"))
     run_align(exported, photos, out, *(("--to", TEACHER_FILE) if kind == "teacher" else ("--index", old)))
-    assert "held-out tenth of the pairs: 0." in capsys.readouterr().out
+    assert "held-out tenth of the samples: 0." in capsys.readouterr().out
     aligned = load_student(out).provenance["alignment"]
     assert aligned["pairs"] == 120
     assert aligned["r2"] > 0.2
@@ -312,7 +312,10 @@ def test_an_index_that_does_not_fit_is_refused(
     ("options", "message"),
     [
         (["out.safetensors", "--to", GOLDEN / "audio_base.pt"], "audio_base.pt takes clips, but .* takes images$"),
-        (["out.safetensors", "--index", "old.npy", "--pooling", "mean"], "--pooling and --representation apply only"),
+        (
+            ["out.safetensors", "--index", "old.npy", "--pooling", "mean"],
+            "--pooling and --representation can be used only with",
+        ),
         (["out.onnx", "--to", TEACHER_FILE], "out.onnx must end in .safetensors"),
     ],
 )
@@ -363,8 +366,8 @@ def test_rows_that_share_an_id_are_left_out_and_counted(
     write_index(tmp_path / "old.npy", np.concatenate([ids, ids[:3]]), np.concatenate([rows, rows[:3] + 1]))
     run_align(exported, photos, tmp_path / "out.safetensors", "--index", tmp_path / "old.npy")
     assert (
-        "117 pairs from 120 samples and 123 rows of the index; left out 6 rows with repeated ids"
-        in capsys.readouterr().out
+        "117 pairs of a sample and a row with the same id, from 120 samples and 123 rows of the index; "
+        "rows left out because of repeated ids: 6\n" in capsys.readouterr().out
     )
 
 

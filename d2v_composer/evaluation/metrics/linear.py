@@ -21,7 +21,7 @@ def columns(ks: Sequence[int], sizes: Mapping[str, int]) -> list[Column]:
 def hits(pair: Pair, columns: Sequence[Column]) -> list[Tensor]:
     probe = fit_linear_probe(pair.bank("train"), pair.labels("train"))  # each rank fits the same probe, in seconds
     if pair.title and not probe.converged:
-        warn_once(f"{pair.title}: the linear probe has not converged")
+        warn_once(f"{pair.title}: the linear probe has not converged; its accuracy may be too low")
     return [probe.predict(pair.queries("test")) == pair.labels("test")]
 
 
