@@ -117,7 +117,7 @@ def merge_settings(
             assign(merged, *parse_override(schema, override))
         except (OmegaConfBaseException, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
             problems.append(
-                f"{override!r}: expected dotted.key=value, with the value as in a YAML: {' '.join(str(error).split())}"
+                f"{override!r}: expected dotted.key=value, where value is valid YAML: {' '.join(str(error).split())}"
             )
     try:
         return OmegaConf.to_container(merged, resolve=True)

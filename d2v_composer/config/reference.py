@@ -95,7 +95,7 @@ def load_any(
         loaded, its_teacher = load_models(path, weights, teacher)
     if isinstance(loaded, Teacher):
         if teacher is not None:
-            raise InputError(f"{path} is not a student, so it has no teacher; leave out teacher={teacher}")
+            raise InputError(f"teacher: must not be set, because {path} is not a student; got {teacher}")
     elif weights != "model":  # the student's record says which its teacher has
         raise InputError(f"weights: {path} is a student, which has no {weights} weights; set weights to 'model'")
     return loaded, its_teacher

@@ -199,7 +199,7 @@ class TrainLoaderConfig(ShardLoaderConfig):
             return None
         return (
             f".remote: must be the address of an MDS data set, such as s3://BUCKET/imagenet/train, because "
-            f"train_loader.local, {self.local}, has no data set; the YAMLs for ImageNet take the address from the "
+            f"train_loader.local, {self.local}, has no MDS data set; the YAMLs for ImageNet take the address from the "
             "environment variable IMAGENET"
         )
 
@@ -498,7 +498,7 @@ class FinetuneConfig(LabeledRunConfig, ModelReference):
         yield from super().contradictions()
         if self.dataset.format not in (None, "mds"):
             advice = "write ROOT/train and ROOT/test with d2v convert-images or convert-audio"
-            yield f".dataset.format: must be mds, got {self.dataset.format}; {advice}"
+            yield f".dataset.format: must be mds or null, got {self.dataset.format}; {advice}"
         if self.dataset.label_column is None:
             yield ".dataset.label_column: must name the column of the labels, got null"
 

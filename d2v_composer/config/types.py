@@ -105,7 +105,7 @@ def class_path(name: str, known: Mapping[str, str]) -> Any:
 
 def arguments_of(known: Mapping[str, str]) -> AfterValidator:
     """Return a validator of a mapping from names of callbacks or loggers to their arguments."""
-    names = [*known, f"{PACKAGE_PREFIX}NAME, an entry point of the group {CALLBACKS_GROUP}"]
+    names = [*known, f"{PACKAGE_PREFIX}NAME for the entry point NAME of the group {CALLBACKS_GROUP}"]
 
     def check(chosen: Mapping[str, Record | None]) -> None:
         lines: list[str] = []
@@ -154,4 +154,6 @@ IS_MODE = must(
     "be true, false, default or max-autotune-no-cudagraphs",
     lambda choice: isinstance(choice, bool) or choice in ("default", "max-autotune-no-cudagraphs"),
 )
-Microbatch = Annotated[Any, must("be at least 1, 'auto' or null", lambda n: n == "auto" or (type(n) is int and n > 0))]
+Microbatch = Annotated[
+    Any, must("be a whole number above 0, 'auto' or null", lambda n: n == "auto" or (type(n) is int and n > 0))
+]

@@ -293,7 +293,7 @@ def convert(
                 bar.update(len(group))
         entries = [shard["entry"] for shard in shards if shard["entry"] is not None]
         if not (entries or plan):
-            raise InputError(f"{source.root}: none of the {len(source)} {unit} can be read")
+            raise InputError(f"{source.root}: none of its {unit} can be read ({len(source)} in all)")
         etags = {shard["entry"]["raw_data"]["basename"]: shard.get("etag") for shard in shards if shard["entry"]}
         for path in folder.glob("shard.[0-9]*.mds"):
             if path.name not in etags:  # left by a conversion with other settings

@@ -66,7 +66,7 @@ class Parts:
         names = set() if self.suffix else {name.partition("/")[0] for name in names_in(self.out)}
         # What merge writes stays: the part that is made again was damaged.
         if others := names - {"parts"} - ({INDEX, SUMMARY} if "parts" in names else set()):
-            raise InputError(f"{self.out} holds something other than parts: {min(others)}; choose another OUT")
+            raise InputError(f"{self.out} has files other than parts, such as {min(others)}; choose another OUT")
         return False
 
     def read_all(self) -> dict[Part, Record]:
@@ -81,8 +81,8 @@ class Parts:
             raise InputError(f"{self.folder}: no finished parts")
         counts = sorted({part.total for part in parts})
         if len(counts) > 1:
-            totals = " and ".join(f"N = {count}" for count in counts)
-            raise InputError(f"{self.folder} has parts I/N with {totals}; keep only the parts with one N")
+            made = " and ".join(f"--part I/{count}" for count in counts)
+            raise InputError(f"{self.folder} has parts made with {made}; keep only those made with one of them")
         if missing := sorted({*range(counts[0])} - {part.number for part in parts}):
             raise InputError(f"{self.folder}: of {counts[0]} parts, these are missing: {', '.join(map(str, missing))}")
         first = self._read(parts[0], {}, "")
@@ -101,7 +101,7 @@ class Parts:
             record = self.load(address)
             has = record["part"]
             if (has["number"], has["total"]) != part:
-                raise InputError(f"{self.path(part)} holds part {has['number']} of {has['total']}; remove it")
+                raise InputError(f"{self.path(part)} is in fact part {has['number']}/{has['total']}; remove it")
             if keys := [key for key in plan if key != "number" and has.get(key) != plan[key]]:
                 raise InputError(f"{self.path(part)} differs from {whose} in {', '.join(keys)}; remove it")
             return record

@@ -40,7 +40,7 @@ def open_clip(encoded: bytes, longest: int) -> soundfile.SoundFile:
     file = soundfile.SoundFile(io.BytesIO(encoded))
     low, high = SAMPLE_RATES
     if file.format not in AUDIO_FORMATS:
-        raise UnreadableSampleError(f"the format is {file.format}, expected one of {', '.join(AUDIO_FORMATS)}")
+        raise UnreadableSampleError(f"its format is {file.format}; expected one of {', '.join(AUDIO_FORMATS)}")
     if file.channels > MAX_CHANNELS:
         raise UnreadableSampleError(f"it has {file.channels} channels; the limit is {MAX_CHANNELS}")
     if not low <= file.samplerate <= high:
@@ -53,7 +53,7 @@ def open_clip(encoded: bytes, longest: int) -> soundfile.SoundFile:
         page = encoded[encoded.rfind(b"OggS") :]
         is_last = len(page) > 27 and page[5] & 4
         if not is_last or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]]):
-            raise UnreadableSampleError("truncated: the last page is missing")
+            raise UnreadableSampleError("truncated: the last Ogg page is missing or incomplete")
     return file
 
 

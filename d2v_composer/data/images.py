@@ -267,7 +267,9 @@ class Images(Modality):
     @classmethod
     def of(cls, config: Any) -> "Images":
         if config.in_chans != 3:
-            raise InputError(f"the model's number of input channels is {config.in_chans}, but files are read as RGB")
+            raise InputError(
+                f"the model must have 3 input channels, because images are read as RGB; got {config.in_chans}"
+            )
         return cls(config.image_size, config.interpolation)
 
     def decode(self, stored: bytes | Image.Image, source: str) -> Tensor:

@@ -74,9 +74,10 @@ def pairs_of_index(source: Source, index: VectorIndex, path: str, maximum: int) 
     num_repeated = int(counts[counts > 1].sum())
     if not numbers:
         there, here = (repr(str(ids[0])) if len(ids) else "none" for ids in (index.ids, source.ids))
+        repeated = f"; left out {num_repeated:,} rows with repeated ids" if num_repeated else ""
         raise InputError(
             f"{path} has no row for any sample of {source.root}: the first id is {there} in the index, and {here} "
-            f"in the source; left out {num_repeated:,} rows with repeated ids"
+            f"in the source{repeated}"
         )
     numbers = [numbers[place] for place in evenly_spaced(len(numbers), maximum)]
     found = np.array([rows[str(source.ids[number])] for number in numbers])

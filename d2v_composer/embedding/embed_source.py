@@ -207,8 +207,8 @@ def embed_batches(
         block = embed_batch(model, inputs, options, device) if inputs else np.zeros((0, width), options.dtype)
         if not np.isfinite(block).all():
             raise InputError(
-                f"the embedding of {source.ids[batch.start]}, or of a later sample in the batch, is not finite with "
-                f"precision {options.precision} and dtype {options.dtype}"
+                f"the embedding of sample {source.ids[batch.start]}, or of a later sample in the batch, is not finite "
+                f"with precision {options.precision} and dtype {options.dtype}"
             )
         yield block, unreadable
 
@@ -248,7 +248,7 @@ def check_ids(ids: Iterable[object]) -> None:
             name.encode()
         except UnicodeEncodeError as error:
             raise InputError(
-                f"{name!r} is not UTF-8, which Parquet needs; rename the file, or write NAME.npy"
+                f"{name!r} is not UTF-8, which Parquet needs; rename the file, or choose an OUT that ends in .npy"
             ) from error
 
 

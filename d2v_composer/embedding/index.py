@@ -74,8 +74,8 @@ def read_index(path: str) -> VectorIndex:
             if not (is_usable := (largest == 0) | ((largest > 1e-9) & (largest < 1e15))).all():
                 number = first + int(is_usable.argmin())
                 raise ValueError(
-                    f"the row of {ids[number]}: expected zeros, or finite numbers whose largest magnitude is from "
-                    "1e-9 to 1e15"
+                    f"the row with id {str(ids[number])!r}: expected only zeros, or finite numbers whose "
+                    "largest magnitude is from 1e-9 to 1e15"
                 )
     with reading(about):
         # Not validate_json, because the name of the folder of samples may be no UTF-8.

@@ -38,7 +38,7 @@ class Waveforms(Encoder):
     def prepare(self, values: Tensor) -> Tensor:
         if values.ndim != 2 or not values.is_floating_point() or values.shape[1] < self.min_samples:
             raise ValueError(
-                f"waveforms must be (B, L) float in [-1, 1] of at least {self.min_samples} samples; got "
+                f"waveforms must be (B, L) float, with L at least {self.min_samples} and values in [-1, 1]; got "
                 f"{tuple(values.shape)} {str(values.dtype).removeprefix('torch.')}"
             )
         return values.float()

@@ -80,8 +80,8 @@ def check_tensors(module: nn.Module, state_dict: dict[str, Tensor], prefix: str,
     )
     if different := sorted(stored.items() ^ expected.items()):
         name, _ = different[0]
-        shapes = [sizes.get(name, "none") for sizes in (stored, expected)]
-        raise InputError(f"tensor {name}: checkpoint has {shapes[0]}, model has {shapes[1]}")
+        found = [f"has the shape {sizes[name]}" if name in sizes else "is missing" for sizes in (stored, expected)]
+        raise InputError(f"the tensor {name!r} {found[0]} in the checkpoint, and {found[1]} in the model")
 
 
 def expect_no_frozen_tensors(module: nn.Module, incompatible_keys: _IncompatibleKeys) -> None:

@@ -77,8 +77,8 @@ def parse_image_size(image_size: Any) -> ImageSize:
     shape = image_size if isinstance(image_size, tuple) else (image_size,)
     if isinstance(image_size, str) and re.fullmatch(r"\d{1,9}(x\d{1,9})?", image_size):
         shape = tuple(map(int, image_size.split("x")))
-    if len(shape) not in (1, 2):
-        raise ValueError(f"image_size must be a whole number, or height and width, got {short(image_size)}")
+    if len(shape) not in (1, 2) or not all(isinstance(size, int) for size in shape):
+        raise ValueError(f"image_size must be a whole number, or HEIGHTxWIDTH such as 112x168, got {short(image_size)}")
     for size in shape:
         check_whole("image_size", size, 1, MAX_WIDTH)
     return shape[0] if shape[0] == shape[-1] else (shape[0], shape[-1])

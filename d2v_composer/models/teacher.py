@@ -76,7 +76,7 @@ class Teacher(Backbone, Freezable):
         Raises:
             ValueError: The teacher has no modules that a student's blocks can copy.
         """
-        raise ValueError(f"init: {init} needs a teacher whose blocks can be copied")
+        raise ValueError(f"init: must be random, because this teacher's blocks cannot be copied; got {init}")
 
     @torch.no_grad()
     def targets(
@@ -177,7 +177,7 @@ class Teacher(Backbone, Freezable):
         if depth > len(sources):
             raise ValueError(
                 f"init {init} needs a depth of at most {len(sources)}, the number of the teacher's blocks after the "
-                f"encoder; got {depth}"
+                f"shared encoder; got {depth}"
             )
         try:
             for block, source in zip(student.block_list, sources, strict=False):
@@ -186,7 +186,7 @@ class Teacher(Backbone, Freezable):
                 copied.requires_grad_(not freeze_copied)
         except RuntimeError as error:  # the message's first line is a title
             fault = str(error).splitlines()[1].strip()
-            raise ValueError(f"init {init} needs a student of the teacher's sizes: {fault}") from error
+            raise ValueError(f"init {init} needs a student with the teacher's sizes: {fault}") from error
 
     def build_network(self, model: str, pretrained: bool, options: Record) -> Backbone:
         """Build a student that is a timm model; see :meth:`build_student`."""

@@ -334,7 +334,8 @@ class TimmEncoder(PixelEncoder):
             sizes = teacher_config(config.model, model, config.first_blocks)
             for name, value in sizes.encoder:
                 if name not in OF_A_FILE and value != (given := getattr(config, name)):
-                    raise ValueError(f"{config.model} has {name} {value} in timm {timm.__version__}, not {given}")
+                    built = f"timm {timm.__version__} builds {config.model} with {name} {value}"
+                    raise ValueError(f"{built}, but its config has {given}")
             parts = TimmParts.of(model)
         self.stem: TimmModule = parts.stem
         self.blocks = nn.ModuleList(parts.blocks[: config.first_blocks])

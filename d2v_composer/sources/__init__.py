@@ -29,8 +29,8 @@ CONTAINERS = (
         ".parquet",
         "Parquet files",
         "FILE.parquet#ROW",
-        "a column of files' bytes, of Hugging Face's `Image` or `Audio`, or of paths relative to FILE.parquet; if "
-        "several fit, `--column` chooses one",
+        "a column of files, as bytes, as Hugging Face's `Image` or `Audio`, or as paths relative to FILE.parquet; if "
+        "several columns fit, `--column` chooses one",
         "a column's name",
         "parquet",
     ),
@@ -66,7 +66,8 @@ COLUMN = (
     "The column that holds the samples; in tars, the suffix of the samples' files. Default: the only column that can "
     "hold samples; in MDS, image or audio."
 )
-CHOOSE = "choose one with --column or --label-column or, in a YAML, with column or label_column"
+CHOOSE = "choose one with --column or, in a YAML, with column"
+CHOOSE_LABELS = "choose one with --label-column or, in a YAML, with label_column"
 LABEL_COLUMN = "; ".join(f"in {container.plural}, {container.labels}" for container in CONTAINERS if container.labels)
 # Values of ``format`` of a labeled set; those of LOCAL need a folder on this machine.
 LOCAL = ("cifar10", "cifar100", "speech_commands", "mds", "folder")

@@ -90,9 +90,7 @@ def read_coco(folder: Path, file: Path, with_crowds: bool) -> Boxes:
     label_of = {category.id: label for label, category in enumerate(categories, 1)}
     rows = parsed.annotations
     problems: dict[str, Iterable[object]] = {
-        "images are not in the folder": (
-            name for image in images if not (folder / (name := image.file_name)).is_file()
-        ),
+        f"images are not in {folder}": (name for image in images if not (folder / (name := image.file_name)).is_file()),
         "ids belong to several images": repeated(image.id for image in images),
         "file names belong to several images": repeated(image.file_name for image in images),
         "ids belong to several categories": repeated(category.id for category in categories),

@@ -203,11 +203,11 @@ def _read_class_embeddings(path: Path, labeled: EvaluationSet) -> Tensor:
     # Labels without names may be of more classes than these samples.
     num_labels = max(int(split.labels.max()) + 1 for split in labeled[:2])
     num_classes = len(labeled.class_names) or max(num_labels, len(rows))
-    if rows.ndim != 2 or len(rows) != num_classes or not rows.isfinite().all():
-        raise InputError(
-            f"{path}: expected finite numbers, in one row for each of {num_classes} classes; the array's shape is "
-            f"{tuple(rows.shape)}"
-        )
+    if rows.ndim != 2 or len(rows) != num_classes:
+        shape = tuple(rows.shape)
+        raise InputError(f"{path}: expected an array with one row for each of {num_classes} classes, got shape {shape}")
+    if not rows.isfinite().all():
+        raise InputError(f"{path}: some of its numbers are infinite or NaN")
     return rows
 
 
@@ -297,8 +297,8 @@ def _open_speech_commands(root: Path, modality: Modality) -> list[Source]:
     splits = [clips.select(np.flatnonzero(mask)) for mask in (is_used, is_test)]
     if not all(map(len, splits)):
         raise InputError(
-            f"{root}: expected clips WORD/*.wav for training, and clips named in {TEST_LIST} for the test; got "
-            f"{len(splits[0])} and {len(splits[1])}"
+            f"{root}: expected clips WORD/*.wav for training, and clips named in {TEST_LIST} for the test; "
+            f"found {len(splits[0])} for training and {len(splits[1])} for the test"
         )
     return splits
 

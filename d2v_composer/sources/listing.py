@@ -223,7 +223,7 @@ def _list_hub(folder: str, suffixes: tuple[str, ...], chosen: str) -> tuple[str,
     cut = [path for path in wanted if "/partial-" in f"/{path}"]
     if cut and "partial-" not in chosen:
         raise InputError(
-            f"{folder}: the hub has converted only a part of this data set to Parquet; to read this part, give "
+            f"{folder}: the hub has converted only a part of this data set to Parquet; to read this part, use "
             f"{folder}/{os.path.dirname(cut[0])}"
         )
     return f"hf://datasets/{repository}@{commit}/{inside}".rstrip("/"), files

@@ -20,7 +20,7 @@ from typing_extensions import TypedDict
 
 from d2v_composer.data.modality import Modality, Stored
 from d2v_composer.models.provenance import Json, Record
-from d2v_composer.sources import CHOOSE
+from d2v_composer.sources import CHOOSE, CHOOSE_LABELS
 from d2v_composer.system.errors import InputError, reading
 from d2v_composer.system.files import read_json
 from d2v_composer.system.progress import progress_bar
@@ -152,9 +152,8 @@ class Index:
         self.folder, self.remote, self.modality = folder, remote and remote.rstrip("/"), modality
         self.column, self.labels = column or modality.name, labels
         if not is_mds(folder):
-            raise InputError(
-                f"{folder}: no MDS {INDEX}: {'not an MDS data set' if folder.is_dir() else 'no such folder'}"
-            )
+            fault = f"not an MDS data set: it has no {INDEX} that lists shards" if folder.is_dir() else "no such folder"
+            raise InputError(f"{folder}: {fault}")
         with reading(folder / INDEX):
             self.shards = [self._parse(entry) for entry in json.loads((folder / INDEX).read_bytes())["shards"]]
         if not self.shards:
@@ -235,8 +234,9 @@ class Index:
         wanted = {self.column: self.modality.encodings} | ({} if self.labels is None else {self.labels: ENCODINGS})
         for name, known in wanted.items():
             if name not in encodings:
+                choose = CHOOSE if name == self.column else CHOOSE_LABELS
                 raise InputError(
-                    f"{self.source}: no column {name!r}; the data set has the columns {', '.join(encodings)}; {CHOOSE}"
+                    f"{self.source}: no column {name!r}; the data set has the columns {', '.join(encodings)}; {choose}"
                 )
             if encodings[name] not in known:
                 raise InputError(

@@ -162,11 +162,13 @@ class Files:
         beside = {path.partition("/")[0] for path in splits.get("", {}).values() if "/" in path}
         if split is None and name in splits and beside and not has_classes:
             raise InputError(
-                f"{self.root}: train may be a split, or a class like {', '.join(sorted(beside)):.80}; choose with "
-                "--split train or --split none"
+                f"{self.root}: the folder train may be a split, or a class like {', '.join(sorted(beside)):.80}; "
+                "choose with --split train or --split none"
             )
         source = self.open().select([*chosen])
-        hint = "a class is a folder in train; for no classes, use --labels none or, in a YAML, label_column: null"
+        hint = (
+            "each class needs a folder in train; without classes, use --labels none or, in a YAML, label_column: null"
+        )
         if labels is None and not has_classes:
             labels = file if (file := Path(self.root, f"LOC_{name}_solution.csv")).is_file() else NONE
         if labels == NONE:
@@ -223,7 +225,7 @@ class Files:
             )
             raise InputError(f"{self.root}: no {modality.unit}{where}; other files: {name_counts(left_out)}")
         if len({tuple(part.class_names) for part in parts}) > 1 and columns.labels:
-            raise InputError(f"{self.root}: its files name the classes of {columns.labels} differently")
+            raise InputError(f"{self.root}: its files have different class names for the column {columns.labels!r}")
 
         def load(number: int) -> bytes:
             part = bisect_right(ends, number)

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from d2v_composer.sources import CHOOSE
+from d2v_composer.sources import CHOOSE, CHOOSE_LABELS
 from d2v_composer.sources.listing import FileSnapshot
 from d2v_composer.sources.source import (
     Columns,
@@ -47,13 +47,14 @@ def list_samples(snapshot: FileSnapshot, file: BinaryIO, columns: Columns) -> Sa
         fits = of_bytes or of_paths
         chosen = [key for key in of_bytes + of_paths if key == column] if column else fits
         if len(chosen) != 1:
-            problem = f"{column} is {types.get(column, 'missing')}" if column else f"{len(fits)} columns fit"
+            kind = f"has the type {types[column]}" if column in types else "is missing"
+            problem = f"{column!r} {kind}" if column else f"{len(fits) or 'no'} columns fit"
             raise InputError(
                 f"{name}: expected one column of {columns.modality.unit}, as bytes or paths; {problem}; "
-                f"columns: {', '.join(types if column else fits or types)}; {CHOOSE}"
+                f"columns: {', '.join(types if column else fits or types)}{f'; {CHOOSE}' if fits else ''}"
             )
         if label not in (None, *types):
-            raise InputError(f"{name}: no label column {label!r}; columns: {', '.join(types)}")
+            raise InputError(f"{name}: no label column {label!r}; columns: {', '.join(types)}; {CHOOSE_LABELS}")
         labels = opened.read([label])[0].to_pylist() if label else []
         hub = json.loads((schema.metadata or {}).get(b"huggingface", "{}")).get("info", {}).get("features", {})
         class_names = hub.get(label, {}).get("names", ())

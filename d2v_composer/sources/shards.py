@@ -158,7 +158,9 @@ class Shards:
         deadline = time.monotonic() + self.timeout
         while not self._is_here(shard_id) and not self._fetch(shard_id, left := deadline - time.monotonic()):
             if left <= 0:
-                raise ShardError(f"{self._paths[shard_id]}: waited {self.timeout:.0f} s for space in the cache")
+                raise ShardError(
+                    f"{self._paths[shard_id]}: waited {self.timeout:.0f} s for space in the cache; raise cache_limit"
+                )
             time.sleep(POLL_SECONDS)
 
     def fetch_ahead(self, shard_ids: Iterable[int]) -> None:

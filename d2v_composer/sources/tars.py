@@ -46,7 +46,7 @@ def list_samples(snapshot: FileSnapshot, file: BinaryIO, columns: Columns) -> Sa
             left_out[f"keys without {modality.unit}"] += 1
             continue
         if len(images) > 1:
-            raise InputError(f"{name}/{key} has {' and '.join(images)}; {CHOOSE}")
+            raise InputError(f"{name}/{key} has several {modality.unit}: {' and '.join(images)}; {CHOOSE}")
         if len(fields) < len(members):
             raise InputError(f"{name}: key {key} has two members of the same name")
         if labeled:
@@ -100,7 +100,9 @@ def read_tar(file: BinaryIO) -> Iterator[tuple[str | None, list[tuple[str, int, 
         # tarfile takes a damaged header for the end, and misses a cut between two members.
         rest = read_bytes(file, tar.offset, MOST_ZEROS + 1)
     if rest.strip(b"\0") or not LEAST_ZEROS <= len(rest) <= MOST_ZEROS:
-        raise ValueError(f"no member and no end at byte {tar.offset}: the tar is damaged, cut or joined to another")
+        raise ValueError(
+            f"no member and no end mark at byte {tar.offset}: the tar is damaged, cut or joined to another"
+        )
     if members:
         yield key, members
 

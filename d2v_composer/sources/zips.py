@@ -24,13 +24,13 @@ def list_samples(snapshot: FileSnapshot, file: BinaryIO, columns: Columns) -> Sa
 
 
 def _describe(member: ZipInfo) -> Member:
-    is_readable = not member.flag_bits & 1 and member.compress_type in (ZIP_STORED, ZIP_DEFLATED)
+    other = "" if member.compress_type in (ZIP_STORED, ZIP_DEFLATED) else "compressed by a method other than deflate"
     return Member(
         member.filename,
         member.filename.replace("\\", "/"),  # old PowerShells write backslashes
         member.file_size,
         (member.header_offset, member.compress_type, member.compress_size, member.CRC),
-        "" if is_readable else "encrypted, or compressed by a method other than deflate",
+        "encrypted" if member.flag_bits & 1 else other,
     )
 
 

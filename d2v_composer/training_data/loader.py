@@ -145,7 +145,7 @@ def check_memory(loader: LoaderConfig, batch_size: int, sample_bytes: int) -> No
     if SHARED_MEMORY.is_dir() and (usage := shutil.disk_usage(SHARED_MEMORY)).free < needed:
         size = f"{math.ceil((usage.used + needed) / 2**20)}m"
         problem = (
-            f"{SHARED_MEMORY}: {usage.free:,} of {usage.total:,} bytes are free, but training data needs {needed:,}; "
+            f"{SHARED_MEMORY}: {usage.free:,} of {usage.total:,} bytes are free, but the batches need {needed:,}; "
             f"enlarge it (docker run --shm-size={size}, or mount -o remount,size={size} {SHARED_MEMORY}), or lower "
             "train_loader.num_workers or prefetch_factor"
         )

@@ -97,7 +97,7 @@ SLIPS = {
     "compile=0": "compile: must be true, false, default or max-autotune-no-cudagraphs, got 0",
     "student.alibi=1": "student.alibi: must be a valid boolean, got 1",
     "save_num_checkpoints_to_keep=0": "save_num_checkpoints_to_keep: must be at least 1, or -1 for all, got 0",
-    "device_train_microbatch_size=half": "device_train_microbatch_size: must be at least 1, 'auto' or null, got 'half'",
+    "device_train_microbatch_size=1.5": "device_train_microbatch_size: must be a whole number above 0, 'auto' or null",
     "max_duration=1000": "max_duration: must be a duration such as '5ba' or '5ep', got '1000'",
     "save_interval=1ep": "save_interval: must be a duration such as '5ba', got '1ep'",
     "train_loader.crop_scale=[0.5,0.1]": "train_loader.crop_scale: must be two numbers, the smaller one first, got",
@@ -109,7 +109,7 @@ SLIPS = {
     "save_folder=runs/{rank}": "save_folder: expected only letters, digits, inner spaces and ./@%=+,~-_, with no",
     "save_folder=''": "save_folder: must be one or more printable characters, got ''",
     "run_name=a/b": "run_name: ",
-    "student.depth=[1,2": "'student.depth=[1,2': expected dotted.key=value, with the value as in a YAML: ",
+    "student.depth=[1,2": "'student.depth=[1,2': expected dotted.key=value, where value is valid YAML: ",
 }
 
 

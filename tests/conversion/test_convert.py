@@ -161,7 +161,11 @@ def test_a_folder_without_images_is_no_class(tmp_path: Path) -> None:
         (["a/1.jpg", "2.jpg"], [], "2.jpg: expected one of the classes a; got '2.jpg'; .* use --labels none"),
         (["train/a/1.jpg", "val/b/1.jpg"], ["--split", "val"], "1.jpg: expected one of the classes a; got 'b'"),
         (["1.jpg"], ["--quality", "0"], "--quality"),
-        (["car/1.jpg", "train/1.jpg"], [], "in: train may be a split, or a class like car; choose with --split train"),
+        (
+            ["car/1.jpg", "train/1.jpg"],
+            [],
+            "in: the folder train may be a split, or a class like car; choose with --split train",
+        ),
     ],
 )
 def test_ambiguous_input_is_one_line(tmp_path: Path, files: list[str], options: list[str], message: str):

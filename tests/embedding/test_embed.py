@@ -122,7 +122,7 @@ def test_options_change_the_embeddings(photos: Path, tmp_path: Path) -> None:
 
 def test_names_that_are_not_text_are_no_ids_of_parquet(tmp_path: Path) -> None:
     source, said = write_images(tmp_path / "photos", ["caf\udce9.jpg"]), r"^'caf\\udce9\.jpg' is not UTF-8, which"
-    with pytest.raises(InputError, match=rf"{said} Parquet needs; rename the file, or write NAME"):
+    with pytest.raises(InputError, match=rf"{said} Parquet needs; rename the file, or choose an OUT that"):
         embed(TEACHER, source, tmp_path / "photos.parquet")
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
     embed(TEACHER, source, tmp_path / "photos.npy")
@@ -135,7 +135,9 @@ def test_a_model_of_other_channels_is_one_line(photos: Path, tmp_path: Path) -> 
     encoder = ImageEncoder(ImageEncoderConfig(embed_dim=32, num_heads=2, prenet_depth=1, **sizes)).freeze()
     save_student(Student(encoder, StudentConfig(depth=1)), tmp_path / "five.safetensors")
     export.main([str(tmp_path / "five.safetensors"), str(tmp_path / "again" / "five.safetensors")])
-    with pytest.raises(InputError, match=r"^the model's number of input channels is 5, but files are read as RGB"):
+    with pytest.raises(
+        InputError, match=r"^the model must have 3 input channels, because images are read as RGB; got 5"
+    ):
         embed(tmp_path / "five.safetensors", photos, tmp_path / "photos.npy")
 
 

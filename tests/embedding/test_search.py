@@ -207,7 +207,7 @@ def test_equal_rows_are_duplicates() -> None:
     [
         (np.zeros((0, 8), np.float32), r"i\.npy cannot be read: it is empty"),
         (np.ones((2, 8), ">f4"), "got >f4"),
-        (np.full((2, 8), np.nan, np.float32), "the row of a: expected zeros, or finite numbers"),
+        (np.full((2, 8), np.nan, np.float32), "the row with id 'a': expected only zeros, or finite numbers"),
     ],
 )
 def test_rows_that_cannot_be_compared(tmp_path: Path, rows: NDArray, message: str) -> None:

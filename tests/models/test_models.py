@@ -158,7 +158,7 @@ def test_a_student_starts_from_the_teachers_blocks(teacher: Data2Vec2) -> None:
     attention = teacher.build_student(depth=2, init="teacher_attention")
     torch.testing.assert_close(attention.block_list[1].attn.qkv.weight, teacher.block_list[1].attn.qkv.weight)
     assert attention.block_list[1].attn.qkv.weight.requires_grad
-    with pytest.raises(ValueError, match="at most 3, the number of the teacher's blocks after the encoder"):
+    with pytest.raises(ValueError, match="at most 3, the number of the teacher's blocks after the shared encoder"):
         teacher.build_student(depth=4, init="teacher_attention")
 
 
@@ -209,7 +209,7 @@ def test_widths_of_a_student(teacher: Data2Vec2) -> None:
         with pytest.raises(ValueError, match=f"embed_dim must be {rule}, got {width}"):
             teacher.build_student(embed_dim=width)  # pyright: ignore[reportArgumentType]
     for init in ("teacher_attention", "teacher_blocks"):
-        with pytest.raises(ValueError, match=f"^init {init} needs a student of the teacher's sizes: size mismatch"):
+        with pytest.raises(ValueError, match=f"^init {init} needs a student with the teacher's sizes: size mismatch"):
             teacher.build_student(depth=1, embed_dim=24, init=init)
 
 
@@ -276,12 +276,12 @@ def test_embeddings_take_no_gradient_and_training_beside_them_keeps_its_own(teac
 
 # What is changed in a checkpoint → the error.
 BROKEN: list[tuple[dict[str, Any], str]] = [
-    ({"student.blocks.1.mlp.fc2.weight": None}, r"blocks\.1\.mlp\.fc2\.weight: checkpoint has none"),
+    ({"student.blocks.1.mlp.fc2.weight": None}, r"blocks\.1\.mlp\.fc2\.weight' is missing in the checkpoint"),
     (
         {"student.blocks.1.mlp.fc2.weight": torch.zeros(1, 144)},
-        r"checkpoint has \(1, 144\), model has \(48, 144\)",
+        r"shape \(1, 144\) in the checkpoint, and has the shape \(48, 144\) in the model",
     ),
-    ({"student.blocks.9.norm1.bias": torch.zeros(48)}, r"student\.blocks\.9.* model has none"),
+    ({"student.blocks.9.norm1.bias": torch.zeros(48)}, r"student\.blocks\.9.* is missing in the model"),
 ]
 
 

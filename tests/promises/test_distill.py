@@ -457,7 +457,7 @@ def test_a_folder_without_images_to_train_on_is_one_line(tmp_path: Path) -> None
     corrupt = {f"{i}.jpg": b"corrupt %d" % i for i in range(NUM_IMAGES)}
     copies = dict.fromkeys(corrupt, encoded_image(0))
     for name, files, problem in (
-        ("corrupt", corrupt, "corrupt: none of the 20 images can be read"),
+        ("corrupt", corrupt, "corrupt: none of its images can be read (20 in all)"),
         ("copies", copies, "_size: must be at most 0, the number of images left to train on; got 16"),
     ):
         assert refused(write_files(tmp_path / name, files), tmp_path / f"run-{name}").endswith(problem)

@@ -370,10 +370,11 @@ def test_parts_of_another_command_are_named(sources: Sources, halves: Path) -> N
     assert not_merged(table).endswith(said)
     shutil.rmtree(first)
     shutil.copytree(second, first)
-    assert not_merged(out) == f"error: {first} holds part 1 of 2; remove it"
+    assert not_merged(out) == f"error: {first} is in fact part 1/2; remove it"
     shutil.rmtree(first)
     convert(sources["folder"], out, "--part", "0/3")
-    assert not_merged(out) == f"error: {out}/parts has parts I/N with N = 2 and N = 3; keep only the parts with one N"
+    made = "made with --part I/2 and --part I/3; keep only those made with one of them"
+    assert not_merged(out) == f"error: {out}/parts has parts {made}"
 
 
 def test_parts_whose_images_changed_are_not_merged(tmp_path: Path) -> None:
@@ -431,7 +432,7 @@ def test_a_part_is_refused_in_one_line(sources: Sources, tmp_path: Path) -> None
     """Promises 7 and 18: it would stand beside the user's files, or is none of the parts."""
     mine = write_files(tmp_path / "mine", {"notes.txt": b""})
     refused = d2v("convert-images", *sources["folder"], mine, *PART)
-    said = f"error: {mine} holds something other than parts: notes.txt; choose another OUT"
+    said = f"error: {mine} has files other than parts, such as notes.txt; choose another OUT"
     assert failure(refused, 2) == said
     assert os.listdir(mine) == ["notes.txt"]
     refused = d2v("embed", TEACHER, sources["folder"][0], tmp_path / "table.npy", "--part", "3/3")

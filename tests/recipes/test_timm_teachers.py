@@ -240,7 +240,7 @@ TEXTS = "retrieval.datasets.four.class_embeddings"
         (f"{TEXTS}=FOLDER/narrow.npy", "class_embeddings that have 128 columns; got 64"),
         (
             f"{TEXTS}=FOLDER/few.npy",
-            "few.npy: expected finite numbers, in one row for each of 4 classes; the array's shape is (3, 128)",
+            "few.npy: expected an array with one row for each of 4 classes, got shape (3, 128)",
         ),
         (f"{TEXTS}=FOLDER/missing.npy", "missing.npy cannot be read: No such file or directory"),
         (f"{TEXTS}=null", "that have 128 columns; got none"),

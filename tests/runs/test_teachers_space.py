@@ -292,7 +292,10 @@ def with_nan(rows: np.ndarray) -> np.ndarray:
             lambda ids, rows: (ids[:23], rows[:23]),
             r"expected at least 24 readable samples, each with an embedding to align to, got 23",
         ),
-        (lambda ids, rows: (ids, with_nan(rows)), r"the row of 007.jpg\S*: expected zeros, or finite numbers"),
+        (
+            lambda ids, rows: (ids, with_nan(rows)),
+            r"the row with id '007.jpg\S*: expected only zeros, or finite numbers",
+        ),
         (lambda ids, rows: (ids, rows[:-1]), r"old\.ids\.npy cannot be read: expected one id for each of the 119 rows"),
         (lambda ids, rows: (ids, rows[:1].repeat(120, 0)), "but they are alike in all 120 pairs"),
         (lambda ids, rows: (ids, np.roll(rows, 50, 0)), "check that its ids are those of the samples"),

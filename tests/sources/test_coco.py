@@ -113,7 +113,7 @@ def changed(change: Callable[[Content], object]) -> Content:
 BAD: dict[str, tuple[object, str]] = {
     "missing image": (
         changed(lambda c: c["images"][0].update(file_name="gone.jpg")),
-        "images are not in the folder, such as gone.jpg (1 in all)",
+        "such as gone.jpg (1 in all)",
     ),
     "duplicate image ids": (
         changed(lambda c: c["images"][0].update(id=5)),

@@ -152,9 +152,9 @@ TWO_COLUMNS = {"image": [IMAGE], "depth": [IMAGE], "caption": ["a"]}
             "",
             "expected one column of images, as bytes or paths; 2 columns fit; columns: image, depth;",
         ),
-        ("parquet", TWO_COLUMNS, "--column mask", "mask is missing; columns: image, depth, caption"),
-        ("parquet", {"size": [1.0]}, "--column size", "size is double; columns: size"),
-        ("parquet", {"image": [{"file": {"bytes": IMAGE}}]}, "", "0 columns fit; columns: image; choose"),
+        ("parquet", TWO_COLUMNS, "--column mask", "'mask' is missing; columns: image, depth, caption"),
+        ("parquet", {"size": [1.0]}, "--column size", "'size' has the type double; columns: size"),
+        ("parquet", {"image": [{"file": {"bytes": IMAGE}}]}, "", "no columns fit; columns: image"),
         ("parquet", {"url": ["a"], "text": ["b"]}, "", "2 columns fit; columns: url, text"),
         ("parquet", {"image": [IMAGE]}, "--label-column label", "no label column 'label'; columns: image"),
         ("parquet", {"image": [IMAGE], "label": [0.5]}, LABELED, "x.parquet#0: its label must be a whole number"),
@@ -166,7 +166,7 @@ TWO_COLUMNS = {"image": [IMAGE], "depth": [IMAGE], "caption": ["a"]}
             "--labels: applies only to samples in folders; for .*x.parquet",
         ),
         ("parquet", {"image": pa.array([], pa.binary())}, "", "no images; files searched: 1"),
-        ("tar", ["a.jpg", "a.png"], "", "x.tar/a has jpg and png; choose one with --column"),
+        ("tar", ["a.jpg", "a.png"], "", "x.tar/a has several images: jpg and png; choose one with --column"),
         ("tar", ["a.jpg", "b.jpg", "a.jpg"], "", "x.tar: two samples have the key a, and other samples lie between"),
         ("tar", ["a.jpg", "a.txt"], "--label-column cls", "x.tar/a has no label .cls; its suffixes: jpg, txt"),
         (
@@ -200,8 +200,8 @@ def test_a_wrong_file_is_one_line(kind: str, contents: Any, options: str, line: 
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        (("flag_bits", 1), "x.zip: a.jpg is encrypted, or compressed by a method other than deflate"),
-        (("compress_type", 9), "x.zip: a.jpg is encrypted, or compressed by a method other"),
+        (("flag_bits", 1), "x.zip: a.jpg is encrypted"),
+        (("compress_type", 9), "x.zip: a.jpg is compressed by a method other than deflate"),
         (("file_size", 1 << 31), "x.zip/a.jpg has 2,147,483,648 bytes; the limit is 1,073,741,824; --skip"),
     ],
 )
@@ -495,11 +495,11 @@ def test_files_that_do_not_fit_together_are_one_line(tmp_path: Path) -> None:
     for name, features in {"a": FEATURES, "b": swapped}.items():
         write_parquet(tmp_path / "x" / f"{name}.parquet", {"image": [IMAGE], "label": [1]}, features=features)
     assert converted(tmp_path / "x", tmp_path / "unlabeled").samples == 2
-    with pytest.raises(InputError, match=r"/x: its files name the classes of label differently"):
+    with pytest.raises(InputError, match=r"/x: its files have different class names for the column 'label'"):
         converted(tmp_path / "x", tmp_path / "out", "--label-column", "label")
     write_parquet(tmp_path / "x" / "c.parquet", {"photo": [1]})
     with pytest.raises(
-        InputError, match=r"c.parquet: expected one column of images, as bytes or paths; 0 columns fit; columns: photo"
+        InputError, match=r"c.parquet: expected one column of images, as bytes or paths; no columns fit; columns: photo"
     ):
         converted(tmp_path / "x", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -55,7 +55,7 @@ def test_what_the_hub_has_twice_or_not_whole_must_be_named(tmp_path: Path, monke
     (hub / "card" / "main" / "README.md").write_text(card)
     address = "hf://datasets/org"
     refused = {
-        f"cut{bot}": f"only a part of this data set to Parquet; to read this part, give {address}/cut{bot}/",
+        f"cut{bot}": f"only a part of this data set to Parquet; to read this part, use {address}/cut{bot}/",
         "cut": f"cut{bot}: the hub has converted only a part of this",
         f"cut{bot}/default": "has converted only a part of this",
         "two": f"two{bot} has the configurations a, b; append a glob or one of the folders a/train, b/train$",

@@ -103,7 +103,7 @@ HARMLESS = (
     "/data/what?/file#1",
     "https://host:8080/a@b/c and hf://org/name@v1/f",
     "/data/2026-11-28T10:30:00@host/f hub:timm/vit@main",
-    "tensor cls_token: checkpoint has (1, 8), model has none",
+    "the tensor 'cls_token' has the shape (1, 8) in the checkpoint, and is missing in the model",
 )
 
 
