@@ -83,12 +83,12 @@ def read_rows(study: Path, names: Sequence[str] | None = None) -> dict[str, Mapp
 
     path = study / "rows.yaml"
     rows = read_yaml(path)
-    is_study = rows and all(isinstance(name, str) and isinstance(row, dict) for name, row in rows.items())
-    if not (is_study and all(isinstance(row.get("num_images", 1), int) for row in rows.values())):
-        expected = (
-            "'name: {key: value}' for each row; num_images must be a whole number, and a numeric name must be in quotes"
-        )
+    if not rows or not all(isinstance(name, str) and isinstance(row, dict) for name, row in rows.items()):
+        expected = "'name: {key: value}' for each row, with quotes around a name that is a number"
         raise InputError(f"{path}: expected a line {expected}")
+    for name, row in rows.items():
+        if not isinstance(number := row.get("num_images", 1), int):
+            raise InputError(f"{path}: {name}: num_images must be a whole number, got {number!r}")
     chosen = [next(iter(rows)), *(rows if names is None else names)]
     for name in chosen:
         if name not in rows:

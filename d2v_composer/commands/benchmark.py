@@ -100,6 +100,8 @@ def main(argv: Sequence[str]) -> None:
     """Run a benchmark, print its result and, with --json, write the result to a file."""
     show_help(argv[:1], __doc__)
     name, *rest = argv or [""]
+    if not name:
+        raise InputError(f"BENCHMARK is missing (allowed: {', '.join(BENCHMARKS)})")
     if name not in BENCHMARKS:
         raise InputError(f"BENCHMARK: no such benchmark {name!r}{suggest(name, [*BENCHMARKS])}")
     options = BENCHMARKS[name].parse(rest, f"d2v benchmark {name}")

@@ -160,8 +160,8 @@ Column = Annotated[str | None, Field(description=COLUMN)]
 Decoders = Annotated[
     Annotated[int, whole(0, 1024)] | None,
     Field(
-        description="Number of processes that decode samples; 0: the main process decodes, as always on macOS and "
-        "Windows; default: one process per core if there is a GPU, else 0."
+        description="Number of processes that decode samples; 0: the main process decodes, as it always does on "
+        "macOS and Windows; default: one process per core if there is a GPU, else 0."
     ),
 ]
 Embedding = Annotated[

@@ -123,7 +123,7 @@ class Evaluation:
             for dataset, labeled in datasets.items():
                 self.datasets.setdefault(dataset, labeled)  # the first group is the model's
                 print(
-                    f"embedding {sum(labeled.num_samples):,} samples of {dataset} with {', '.join(embeds)}",
+                    f"embedding {sum(labeled.num_samples):,} samples of {dataset} with each of: {', '.join(embeds)}",
                     file=sys.stderr,
                 )
                 with torch.inference_mode(), precision_of(autocast_dtype, device):

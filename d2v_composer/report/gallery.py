@@ -70,7 +70,7 @@ def galleries(
         if STUDENT in nearest:
             chosen = torch.randperm(len(labeled.test.labels), generator=torch.Generator().manual_seed(0))[:QUERIES]
             of, marks = (
-                ("train", "✓ marks the query's class, ✗ another class")
+                ("train", f"✓ marks {unit} of the query's class, ✗ {unit} of another class")
                 if labeled.has_labels
                 else ("other test", f"✓ marks {unit} that both models find")
             )

@@ -81,7 +81,7 @@ def test_words_are_compared_by_every_measure(tmp_path: Path, capsys: pytest.Capt
     assert "\nZero-shot retrieval on words, embedding: the teacher's output_mean\nin % [95 % interval] " in printed.out
     assert "GFLOP/5-s clip\n" in printed.out
     assert printed.out.endswith(f"embed {BASE} CLIPS embeddings.npy\n")
-    assert "embedding 39 samples of words with log_mel, untrained student, teacher" in printed.err
+    assert "embedding 39 samples of words with each of: log_mel, untrained student, teacher" in printed.err
     report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert report["class_names"] == {"words": ["no", "stop", "yes"]}
     assert {row["measure"] for row in report["results"]} == {
