@@ -94,7 +94,8 @@ class Request(NamedTuple):
         for name, value in about.items():
             if (begun := before.get(name)) != value:
                 raise InputError(
-                    f"the run in {self.out} was begun with {name} {begun!r}, not {value!r}; choose another --out"
+                    f"the run in {self.out} was begun with other input ({name}: {begun!r} then, {value!r} now); "
+                    "choose another --out"
                 )
         return about
 
@@ -225,7 +226,7 @@ def convert_samples(request: Request, plan: Plan) -> None:
         return
     print(f"other files: {name_counts(source.left_out)}")
     parts, num_copies = hold_out(source, samples / f"{HELD_OUT}.json")
-    print(f"{num_copies} copies of held-out {modality.unit} are held out, too")
+    print(f"copies of held-out {modality.unit}, also held out: {num_copies}")
     if (left := len(parts["train"])) < (batch := config.global_train_batch_size):
         left_to_train = f"the number of {modality.unit} left to train on"
         raise InputError(f"global_train_batch_size: must be at most {left}, {left_to_train}; got {batch}")

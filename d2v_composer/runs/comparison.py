@@ -46,7 +46,7 @@ def build_labeled_sets(lookup: LookupConfig, modality: Modality, embedding: Embe
     """
     width = embedding.width if embedding.of == JOINT else 0
     if "zero_shot" in lookup.probes and not width:
-        raise InputError(f"probes: zero_shot needs the embedding {JOINT}, got {embedding.of}")
+        raise InputError(f"probes: zero_shot needs the embedding {JOINT!r}, got {embedding.of!r}")
     sets = {name: load() for name, load in open_labeled_sets(lookup.model_dump(), modality).items()}
     widths = {labeled.class_embeddings.shape[1] for labeled in sets.values() if labeled.class_embeddings is not None}
     if "zero_shot" in lookup.probes and widths != {width}:
@@ -57,7 +57,7 @@ def build_labeled_sets(lookup: LookupConfig, modality: Modality, embedding: Embe
     for name, labeled in sets.items() if global_rank() == 0 else ():
         if shared := labeled.count_shared():
             overlap = f"{shared} of {len(labeled.test.labels)} test {modality.unit}"
-            print(f"warning: {name}: {overlap} are also among the train {modality.unit}", file=sys.stderr)
+            print(f"warning: {name}: {overlap} are also among the training {modality.unit}", file=sys.stderr)
     return sets
 
 
@@ -112,11 +112,12 @@ def align_untrained(untrained: Backbone, model: Backbone, teacher: Teacher | Non
             source = open_mds(index := Index(Path(loader["local"]), modality, loader["column"]))
             batches = choose_alignment_samples(index, *sizes, config["device_eval_batch_size"])
     if source is None or teacher is None or not teacher.embedding.is_in_space_of(info):
-        needed = (
-            "the run's teacher (teacher=PATH)"
-            if teacher is None
-            else f"the run's training samples, and the embedding {info.of} of the run's teacher"
-        )
+        if teacher is None:
+            needed = "the run's teacher (teacher=PATH)"
+        elif source is None:
+            needed = "the run's training samples on this machine"
+        else:
+            needed = f"the embedding {info.of!r} of the run's teacher"
         print(f"the untrained student is not measured: its alignment needs {needed}", file=sys.stderr)
         return False
     samples = (collate([*map(source.decode, numbers.tolist())]) for numbers in batches)
@@ -171,10 +172,11 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Eva
         if untrained is not None and headline == EMBEDDING and not align_untrained(untrained, model, teacher, device):
             untrained = None
     places = [*map(hide_secrets, config.rivals)]
-    if taken := [place for place in places if place in (*ROWS, GAP_CLOSED) or places.count(place) > 1]:
-        raise InputError(
-            f"rivals: {taken[0]!r} is also the name of another row; list a rival once, and a file as ./{taken[0]}"
-        )
+    for place in places:
+        if place in (*ROWS, GAP_CLOSED):
+            raise InputError(f"rivals: {place!r} is the name of another row; write the file as ./{place}")
+        if places.count(place) > 1:
+            raise InputError(f"rivals: {place!r} is listed more than once")
     compared = zip(GAP, (untrained, None if isinstance(model, Teacher) else model, teacher), strict=True)
     models = {name: candidate.eval().to(device) for name, candidate in compared if candidate is not None}
     first = teacher or model

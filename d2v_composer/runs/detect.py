@@ -84,7 +84,7 @@ def detect(config: DetectConfig, callbacks: Sequence[Callback] = ()) -> Trainer:
         optimizers=build_optimizer(config.optimizer, model, model.depth_of_trained, config.optimizer.backbone_lr_ratio),
     )
     header = {
-        name: f"{len(split):,} images, {len(split.boxes):,} boxes, {split.left_out:,} boxes left out"
+        name: f"{len(split):,} images, {len(split.boxes):,} boxes, {split.left_out:,} boxes left out (tiny or crowds)"
         for name, split in (("train", train), ("test", test))
     }
     header["start"] = config.model if config.pretrained else f"{config.model}, random weights"
@@ -125,7 +125,8 @@ def load_backbone(config: DetectConfig) -> Backbone:
     if size in (None, sizes.image_size):
         return student
     if not isinstance(student, TimmStudent):
-        raise InputError(f"image_size: must be {sizes.image_size}, as only a timm student can be resized; got {size}")
+        rule = f"must be {sizes.image_size}, because only a student that is a timm model can be resized"
+        raise InputError(f"image_size: {rule}; got {size}")
     with errors_of("image_size"):
         return student.resized(size)
 
@@ -145,7 +146,8 @@ def build_loaders(config: DetectConfig, train: Boxes, test: Boxes, student: Back
     """
     loader, batch_size, sizes = config.train_loader, config.global_train_batch_size, student.encoder.config
     if len(train) < batch_size:
-        raise InputError(f"{train.folder} has {len(train)} images, fewer than global_train_batch_size {batch_size}")
+        rule = f"must be at most {len(train)}, the number of images in {train.folder}"
+        raise InputError(f"global_train_batch_size: {rule}; got {batch_size}")
     shape = height_and_width(sizes.image_size)
     check_memory(loader, batch_size, 3 * shape[0] * shape[1])
     whole = len(train) // batch_size * batch_size

@@ -25,7 +25,7 @@ from d2v_composer.evaluation.embedded_set import Embed
 from d2v_composer.evaluation.evaluate import cost, share_encoders
 from d2v_composer.evaluation.rows import STUDENT, TEACHER
 from d2v_composer.models.alignment import MIN_PAIRS
-from d2v_composer.models.names import DATA2VEC2
+from d2v_composer.models.names import DATA2VEC2, EMBEDDING
 from d2v_composer.models.precision import choose_precision, name_precision
 from d2v_composer.models.provenance import Record, value_at
 from d2v_composer.models.teacher import Teacher
@@ -117,7 +117,8 @@ def train_student(
     header["embedding"] = str(model.student.embedding if align is None else fitted)
     if retrieval is not None:
         sets, headline = ", ".join(retrieval.datasets), retrieval.settings.headline
-        header["retrieval"] = f"{sets}, every {config.retrieval.interval}; embedding in tables: {headline}"
+        shown = "the embedding" if headline == EMBEDDING else headline
+        header["retrieval"] = f"{sets}, every {config.retrieval.interval}; tables show {shown}"
 
     def report() -> None:
         if retrieval is not None and retrieval.history:
@@ -289,8 +290,8 @@ def build_alignment(config: TrainConfig, model: DistillationModel, samples: Samp
     )
     if (count := align.batches.size) < MIN_PAIRS:
         raise InputError(
-            f"alignment.max_samples: an alignment needs at least {MIN_PAIRS} training samples, got {count}; "
-            "set 0 for no alignment"
+            f"alignment.max_samples: an alignment needs at least {MIN_PAIRS} training samples, got {count} in whole "
+            f"batches of {align.batches.shape[1]}; for no alignment, set alignment.max_samples to 0"
         )
     return align
 

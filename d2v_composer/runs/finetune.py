@@ -157,7 +157,11 @@ def count_classes(root: Path, class_names: tuple[str, ...], tested: Tensor) -> i
     """
     labels = tested.unique()
     smallest, largest, num_known = int(labels.min()), int(labels.max()), max(len(class_names), len(labels))
-    if smallest < 0 or num_known < 2 or largest >= 100 * num_known:  # the classifier has an output for each number
-        classes = f"{num_known} with labels from {smallest} to {largest}"
-        raise InputError(f"dataset.root: {root}: expected at least two classes, numbered from 0; got {classes}")
+    if num_known < 2:
+        raise InputError(f"dataset.root: {root}: expected at least two classes, got {num_known}")
+    if smallest < 0:
+        raise InputError(f"dataset.root: {root}: labels must not be negative, got {smallest}")
+    if largest >= 100 * num_known:  # the classifier has an output for each number
+        classes = f"{num_known} classes with labels up to {largest}"
+        raise InputError(f"dataset.root: {root}: expected classes numbered from 0 without large gaps, got {classes}")
     return max(len(class_names), largest + 1)

@@ -112,7 +112,7 @@ class Rehearsal:
         stored = {file.path for file in list_store(remote)}
         if missing := [name for name in names if name not in stored]:
             raise InputError(f"{remote}: {len(missing)} of {len(names)} shards are missing; the first is {missing[0]}")
-        return f"{remote} has all {len(names)} shards"
+        return f"{remote} has {len(names)} of {len(names)} shards"
 
     def train(self) -> str:
         """Start the run, and wait until it has trained a few batches."""
@@ -139,7 +139,7 @@ class Rehearsal:
                 copy.unlink()
         self.start(f"max_duration={batch + self.batches}ba")
         if (status := self.wait(PHASE_SECONDS)) != 0:
-            ended = "was still running" if status is None else f"exited with status {status}"
+            ended = "it was still running" if status is None else f"it exited with status {status}"
             raise self.fault(f"the resumed run must end with status 0 within {PHASE_SECONDS:.0f} s, but {ended}")
         if f" at batch {batch}\n" not in self.output.read_text(errors="replace"):
             raise self.fault(f"the run started over instead of resuming at batch {batch}")
@@ -205,7 +205,9 @@ class Rehearsal:
             bucket: Any = store
             for file in list_store(self.save_folder):
                 bucket.client.delete_object(Bucket=bucket.bucket, Key=f"{key}/{file.path}")
-        return "the preflight's files on this machine and in S3 are removed"
+            return "the preflight's files on this machine and in S3 are removed"
+        left = "" if self.folder.address is None else f"; those in {self.folder.address} are not, and may be deleted"
+        return f"the preflight's files on this machine are removed{left}"
 
     def close(self) -> None:
         """Kill any process that is still running, and remove the files."""
@@ -236,6 +238,6 @@ class Rehearsal:
             f"{waiting:.0%} of the time waiting for data\n"
             f"time          {hours:.1f} h ({hours * self.ranks:.1f} "
             f"{'GPU' if torch.cuda.is_available() else 'rank'}-hours) for {batches:,} batches, "
-            f"including {evaluating:.1f} h for {retrievals} retrievals\n"
+            f"including {evaluating:.1f} h for retrievals ({retrievals})\n"
             f"nodes         any number that divides num_canonical_nodes, {config.train_loader.num_canonical_nodes}"
         )

@@ -209,8 +209,11 @@ def try_timm_student(
     smallest = batch_size % micro or micro if isinstance(micro, int) else batch_size
     with torch.random.fork_rng(devices=[]):
         trial = copy.deepcopy(student)
+        place, batches = "global_train_batch_size", f"batches of {smallest} per rank"
+        if isinstance(micro, int):
+            place, batches = "device_train_microbatch_size", f"microbatches of {smallest}"
         # BatchNorm needs several values.
-        with errors_of(f"device_train_microbatch_size: {key} cannot be trained on microbatches of {smallest}"):
+        with errors_of(f"{place}: {key} cannot be trained on {batches}"):
             trial.train().encoder(Inputs(trial.encoder.example(min(smallest, 2))))
         for name, buffer in trial.named_buffers():
             if "running_" in name:  # a new BatchNorm changes nothing

@@ -148,7 +148,8 @@ def check_path(path: str) -> None:
     if not CHARACTERS.fullmatch(path) or path != path.strip() or path.startswith("//"):
         hint = "; {run_name} in save_folder is the only placeholder" if "{" in path else ""
         raise ValueError(
-            f"expected only letters, digits, inner spaces and ./@%=+,~-_, with no leading //, got {path!r}{hint}"
+            "expected only letters, digits, inner spaces and the characters ./@%=+,~-_ (no // at the start), "
+            f"got {path!r}{hint}"
         )
 
 

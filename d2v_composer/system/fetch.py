@@ -147,11 +147,12 @@ def fetch(address: str | Path, version: str = "", *, again: bool = False) -> Pat
             if again or not (is_asked and path.exists()):
                 _renew(address, path, version, again)
         except Exception as error:
-            problem = f"{hide_secrets(address)} cannot be fetched ({reason(error)})"
+            shown, problem = hide_secrets(address), reason(error)
             if not path.exists():
-                raise InputError(problem) from error
+                raise InputError(f"{shown} cannot be fetched ({problem})") from error
             since = time.strftime("%Y-%m-%d", time.localtime(path.stat().st_mtime))
-            log.warning("%s; using the cached copy, from %s; delete %s to fetch the file again", problem, since, path)
+            advice = f"using the cached copy, from {since}; delete {path} to fetch the file again"
+            log.warning("%s was not fetched (%s); %s", shown, problem, advice)
         if not is_asked:
             _asked[path] = time.monotonic()
     return path
@@ -342,7 +343,7 @@ def _transfer_from_web(address: str, path: Path, timeout: float, known: str | No
     try:  # not torch.hub, which keeps a truncated file; not HEAD, which a presigned address does not allow
         answer = requests.get(address, stream=True, timeout=(CONNECT_SECONDS, timeout))
     except requests.exceptions.InvalidURL:  # its text quotes a part of the login
-        raise ValueError("not a valid address; percent-encode the special characters of a login") from None
+        raise ValueError("not a valid address; in a login, special characters must be percent-encoded") from None
     with answer as response:
         response.raise_for_status()
         tag, modified, length = (response.headers.get(name, "") for name in ("ETag", "Last-Modified", "Content-Length"))

@@ -51,7 +51,7 @@ class FolderLock:
 
     def mark(self, address: str) -> None:
         """Write the address of the run's folder in a store, or '', and this process's ID to the lock file."""
-        self.path.write_text(f"{address}\nprocess {os.getpid()} of {platform.node()}\n")
+        self.path.write_text(f"{address}\nprocess {os.getpid()} on {platform.node()}\n")
 
     def is_removed(self) -> bool:
         """Return True if the lock file was removed or replaced."""

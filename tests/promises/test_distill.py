@@ -260,7 +260,7 @@ def test_what_is_left_out_is_counted(mixed: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     counts = counts_in(output := distill(mixed, out, changes=SHORTEST))
     assert sorted(counts["other files"].split(", ")) == OTHER_FILES
-    assert "\n1 copies of held-out images are held out, too\n" in output
+    assert "\ncopies of held-out images, also held out: 1\n" in output
     skipped = []
     for split in ("test", "train"):
         summary = json.loads((out / "images" / split / "conversion.json").read_bytes())
@@ -295,11 +295,13 @@ def test_what_is_read_is_what_was_listed(photos: Path, tmp_path: Path) -> None:
         pass
     held, before = samples_of(out / "images" / "test"), contents_of(out)
     (source / "new.jpg").write_bytes(encoded_image(1000))
-    assert f"{out} was begun with images 200, not 201; choose another --out" in refused(source, out, *SHORT)
+    assert f"{out} was begun with other input (images: 200 then, 201 now); choose another" in refused(
+        source, out, *SHORT
+    )
     (source / "new.jpg").unlink()
     for number, path in enumerate(paths := sorted(source.rglob("*.jpg"))):
         path.rename(source / f"{number}.jpg")
-    assert "was begun with list of files '" in refused(source, out, *SHORT)
+    assert "was begun with other input (list of files: '" in refused(source, out, *SHORT)
     assert contents_of(out) == before
     for number, path in enumerate(paths):
         (source / f"{number}.jpg").rename(path)
@@ -380,9 +382,9 @@ def test_a_refused_change_changes_nothing(copied: Path, distilled: Path, photos:
         assert re.search(problem, line), line
         assert "save_folder" not in line
     other = shutil.copytree(photos, tmp_path / "other")
-    assert f"was begun with source '{photos}', not '{other}'; choose another --out" in refused(other, copied)
+    assert f"was begun with other input (source: '{photos}' then, '{other}' now); " in refused(other, copied)
     teacher = shutil.copy(TEACHER, tmp_path / "teacher.pt")
-    assert f"was begun with teacher '{TEACHER}', not '{teacher}'; " in refused(photos, copied, teacher=teacher)
+    assert f" (teacher: '{TEACHER}' then, '{teacher}' now); choose" in refused(photos, copied, teacher=teacher)
     assert contents_of(copied) == before
     assert "this run is complete at 4ba" in distill(photos, copied)
     assert_same_student(copied, distilled)
@@ -471,7 +473,7 @@ def test_a_data_set_of_any_column_and_mode_is_distilled(tmp_path: Path) -> None:
             image = Image.open(io.BytesIO(encoded_image(i % NUM_IMAGES))).convert("CMYK")
             writer.write({"photo": image, "label": "cat"})
     said = distill(source, out, "--column", "photo", changes=SHORTEST)
-    assert int(re.findall("(.*) copies of held-out images are held out, too", said)[0]) > 0
+    assert int(re.findall("copies of held-out images, also held out: (.*)", said)[0]) > 0
     held, trained = held_out_and_trained_on(out)
     assert len(held + trained) == NUM_IMAGES + 10
     assert not {*held} & {*trained}
@@ -572,7 +574,7 @@ def test_samples_of_other_settings_are_not_mixed(sounds: Path, tmp_path: Path) -
     before = contents_of(out)
     line = refused(sounds, out, *SHORT, "train_loader.crop_seconds=0.3", teacher=teacher)
     begun, now = ({"test": {"most_seconds": seconds}, "train": {}} for seconds in (0.2, 0.3))
-    assert line.endswith(f"run was begun with conversion {begun}, not {now}; choose another --out")
+    assert line.endswith(f"run was begun with other input (conversion: {begun} then, {now} now); choose another --out")
     assert contents_of(out) == before
 
 

@@ -493,7 +493,7 @@ def test_readers_and_a_second_run_beside_a_run_that_saves(
     second.wait(60)
     line = failure(second, 2)
     assert str(run.folder) in line
-    assert f"process {saving.pid} of {platform.node()}" in line
+    assert f"process {saving.pid} on {platform.node()}" in line
     assert saving.poll() is None
     saving.send_signal(signal.SIGTERM)
     assert saving.wait(timeout=60) == 143, saving.stderr

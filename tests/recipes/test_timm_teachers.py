@@ -219,11 +219,11 @@ def test_a_map_to_another_embedding_is_not_compared_with_texts(
     assert student.alignment is not None
     student.alignment.of = "output_cls"
     save_student(student, out)
-    with pytest.raises(InputError, match="zero_shot needs the embedding joint, got "):
+    with pytest.raises(InputError, match="zero_shot needs the embedding 'joint', got "):
         evaluate.main([f"model={out}", sets_of(labeled, classes), "probes=[zero_shot]"])
 
 
-NO_EMBEDDING = "probes: zero_shot needs the embedding joint, got output_"
+NO_EMBEDDING = "probes: zero_shot needs the embedding 'joint', got 'output_"
 TEXTS = "retrieval.datasets.four.class_embeddings"
 
 

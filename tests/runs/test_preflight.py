@@ -46,7 +46,7 @@ def test_the_needs_of_the_whole_run(tmp_path: Path, small_data: Path, labeled: P
     run.logged = {key: {0: 1.0, 9: float(value)} for key, value in measured.items()}
     text = run.needs()
     assert "1,280 images/s on 8 rank(s), 20% of the time" in text
-    assert "1.7 h (13.5 rank-hours) for 30,000 batches, including 0.0 h for 6 retrievals" in text
+    assert "1.7 h (13.5 rank-hours) for 30,000 batches, including 0.0 h for retrievals (6)" in text
 
 
 def test_the_pace_on_a_gpu_is_that_of_a_hundred_batches(
@@ -96,7 +96,7 @@ def test_faults_of_a_store_are_named(
     store: GatedStore, small_data: Path, tmp_path: Path, labeled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = rehearsal(*remote_preflight(tmp_path, labeled))
-    assert run.check_shards() == f"s3://{BUCKET}/images has all 4 shards"
+    assert run.check_shards() == f"s3://{BUCKET}/images has 4 of 4 shards"
     store.client().put_object(Bucket=BUCKET, Key="runs/small/.d2v-preflight/log.jsonl", Body=b"")
     with monkeypatch.context() as patch:
         patch.setenv("AWS_ACCESS_KEY_ID", store.reader_environment["AWS_ACCESS_KEY_ID"])

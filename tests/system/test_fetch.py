@@ -150,7 +150,7 @@ def test_a_replaced_file_is_fetched_again(
     server.status = 503
     assert fetch(address).read_bytes() == FILE[::-1]
     [said] = caplog.messages
-    problem = rf"{address} cannot be fetched \(.*503.*\)"
+    problem = rf"{address} was not fetched \(.*503.*\)"
     assert re.match(rf"{problem}; using the cached copy, from [\d-]+; delete {path} to fetch", said)
 
 
