@@ -106,7 +106,7 @@ SLIPS = {
     "train_loader.local=s3://b/x": "train_loader.local: must be a path on this machine, got 's3://b/x'",
     "retrieval.baselines=[student]": "retrieval.baselines[0]: must be 'pixels', 'log_mel', 'encoder' or 'teacher', got",
     "save_folder=ftp://x/y": "save_folder: expected a folder or SCHEME://BUCKET/KEY, where SCHEME is one of s3, gs,",
-    "save_folder=runs/{rank}": "save_folder: expected only letters, digits, inner spaces and the characters ./@%=+,~-_ ",
+    "save_folder=runs/{rank}": "save_folder: expected only letters, digits, inner spaces and the characters ./@%=+,~-_",
     "save_folder=''": "save_folder: must be one or more printable characters, got ''",
     "run_name=a/b": "run_name: ",
     "student.depth=[1,2": "'student.depth=[1,2': expected dotted.key=value, where value is valid YAML: ",
