@@ -112,7 +112,7 @@ def train_student(
     when_built(trainer)
     header = {modality.unit: data.shown}
     if (kept := data.kept) is not None:
-        header["targets"] = f"{config.train_loader.views} views, {kept.num_bytes / 1e6:,.0f} MB in {kept.path}"
+        header["targets"] = f"views: {config.train_loader.views}, {kept.num_bytes / 1e6:,.0f} MB in {kept.path}"
     fitted = model.teacher.embedding._replace(made_by="alignment")
     header["embedding"] = str(model.student.embedding if align is None else fitted)
     if retrieval is not None:
@@ -357,7 +357,7 @@ def choose_embeds(config: TrainConfig, model: DistillationModel) -> tuple[str, E
     known = embeds_of(config, model)
     student, encoder = known.pop(STUDENT), known.get("encoder")
     if unknown := [name for name in retrieval.baselines if name not in known]:
-        raise InputError(f"retrieval.baselines: must be among {', '.join(known)} with this teacher, got {unknown[0]}")
+        raise InputError(f"retrieval.baselines: this teacher allows only {', '.join(known)}; got {unknown[0]!r}")
     if encoder is not None and model.student.encoder is not model.teacher.encoder:
         del known["encoder"]  # it is no part of the student
     return headline, student, {name: known[name] for name in retrieval.baselines if name in known}

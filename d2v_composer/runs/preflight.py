@@ -111,7 +111,7 @@ class Rehearsal:
         names = [(shard.get("zip_data") or shard["raw_data"])["basename"] for shard in shards]
         stored = {file.path for file in list_store(remote)}
         if missing := [name for name in names if name not in stored]:
-            raise InputError(f"{remote}: {len(missing)} of {len(names)} shards are missing; the first is {missing[0]}")
+            raise InputError(f"{remote}: {len(missing)} of {len(names)} shards missing; the first is {missing[0]}")
         return f"{remote} has {len(names)} of {len(names)} shards"
 
     def train(self) -> str:

@@ -422,7 +422,7 @@ def test_a_refused_change_before_the_training_changes_nothing(photos: Path, dist
             ["train_loader.crop_seconds=5"],
             "train_loader.crop_seconds: must be left out for images; got 5",
         ),
-        (["retrieval.baselines=[log_mel]"], "retrieval.baselines: must be among pixels, encoder, teacher with"),
+        (["retrieval.baselines=[log_mel]"], "retrieval.baselines: this teacher allows only pixels, encoder, teacher; "),
         (["student.depth=0", "retrieval.pooling=max"], r"student.depth: .*\n.*retrieval.pooling: "),
     ):
         ended = d2v(*command(photos, out, *SHORT, *changes))

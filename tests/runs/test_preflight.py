@@ -105,7 +105,7 @@ def test_faults_of_a_store_are_named(
     run.remove()
     assert not store.objects(BUCKET, "runs/")
     shard = sorted(small_data.glob("*.mds"))[1].name
-    message = f"1 of 4 shards are missing; the first is {shard}"
+    message = f"1 of 4 shards missing; the first is {shard}"
     with store.replaced(BUCKET, f"images/{shard}", None), pytest.raises(InputError, match=message):
         run.check_shards()
 
