@@ -175,7 +175,7 @@ class ShardLoaderConfig(LoaderConfig):
         if batch_size % (parts := self.num_canonical_nodes):  # each part gives whole samples to a batch
             yield f".num_canonical_nodes: must divide global_train_batch_size {batch_size}, got {parts}"
         if self.needs_samples_of_a_node and parts % (nodes := num_nodes()):
-            yield f".num_canonical_nodes: must be divisible by the {nodes} nodes, got {parts}"
+            yield f".num_canonical_nodes: must be divisible by the number of nodes, {nodes}; got {parts}"
 
 
 class TrainLoaderConfig(ShardLoaderConfig):
@@ -389,7 +389,7 @@ class TrainerConfig(RunConfig):
         if warmup[-2:] == length[-2:] and int(warmup[:-2]) > int(length[:-2]):
             yield f".{self.long_warmup()}"
         if (size := self.global_train_batch_size) % num_ranks():
-            yield f".global_train_batch_size: must be divisible by the {num_ranks()} ranks, got {size}"
+            yield f".global_train_batch_size: must be divisible by the number of ranks, {num_ranks()}; got {size}"
         yield from (f".train_loader{fault}" for fault in self.train_loader.faults(size))
         if self.load_weights_only and self.load_path is None:
             yield ".load_weights_only: must be false without a load_path"

@@ -146,8 +146,8 @@ Positive = Annotated[float, Field(gt=0)]
 PrefetchFactor = Annotated[int, Field(ge=1, le=1000)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Range = Annotated[tuple[Positive, Positive], Field(strict=False), IS_RANGE]  # a YAML has lists
-Batches = Annotated[Text, duration(r"[1-9]\d{,8}ba", "'5ba'")]
-Duration = Annotated[Text, duration(r"[1-9]\d{,8}(ba|ep)", "'5ba' or '5ep'")]
+Batches = Annotated[Text, duration(r"[1-9]\d{,8}ba", "'5ba' (5 batches)")]
+Duration = Annotated[Text, duration(r"[1-9]\d{,8}(ba|ep)", "'5ba' (5 batches) or '5ep' (5 epochs)")]
 WarmUp = Annotated[Text, duration(r"\d{1,9}(ba|ep)|0?\.\d+dur|[01](\.0*)?dur", "'5ba', '5ep' or '0.1dur'")]
 Arguments = dict[str, dict[str, JsonValue] | None]
 IS_MODE = must(

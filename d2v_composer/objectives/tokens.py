@@ -46,7 +46,7 @@ class LayerRegression(Objective):
         has_cls, widths = teacher.has_cls_token, (student.embed_dim, teacher.embed_dim)
         self.is_grid = not isinstance(student, Transformer)
         if options.cls_weight is not None and (options.extra_tokens != "regress" or not has_cls):
-            raise ValueError("cls_weight: allowed only with extra_tokens 'regress' and a teacher that has CLS")
+            raise ValueError("cls_weight: allowed only with extra_tokens 'regress' and a teacher that has a CLS token")
         if self.is_grid:
             self.head = GridHead(student.encoder, teacher)
         elif widths[0] != widths[1]:

@@ -11,6 +11,7 @@ from functools import cached_property, partial
 from itertools import chain, takewhile
 from os.path import splitext
 from pathlib import Path, PurePosixPath
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -161,9 +162,10 @@ class Files:
         has_classes = any("/" in path for path in chosen.values())
         beside = {path.partition("/")[0] for path in splits.get("", {}).values() if "/" in path}
         if split is None and name in splits and beside and not has_classes:
+            others = shorten(", ".join(sorted(beside)), 80, placeholder=" …")
             raise InputError(
-                f"{self.root}: the folder train may be a split, or a class like {', '.join(sorted(beside)):.80}; "
-                "choose with --split train or --split none"
+                f"{self.root}: the folder train may be a split, or a class like {others}; choose with --split train or "
+                "--split none"
             )
         source = self.open().select([*chosen])
         hint = (
@@ -325,7 +327,9 @@ def open_source(
         raise InputError(f"--labels: applies only to samples in folders; for {source}, use --label-column")
     if files is not None:
         return replace(files, part=part).open_split(split, labels)
-    if fetch.is_remote(source) != (cache is not None):
+    if cache is not None and not fetch.is_remote(source):
+        raise InputError(f"--local: must be left out, because {source} is not in a store")
+    if fetch.is_remote(source) and cache is None:
         raise InputError(
             f"{source}: expected {NAMES}, or MDS in a local folder; d2v embed also reads MDS in a store, with --local"
         )

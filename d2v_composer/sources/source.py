@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -126,10 +127,8 @@ class Source:
         places = {name: place for place, name in enumerate(class_names)}
         for number, name in enumerate(names):
             if name not in places:
-                raise InputError(
-                    f"{self.name(number)}: expected one of the classes {', '.join(class_names):.80}; got {name!r}; "
-                    f"{hint}"
-                )
+                allowed = shorten(", ".join(class_names), 80, placeholder=" …")
+                raise InputError(f"{self.name(number)}: expected one of the classes {allowed}; got {name!r}; {hint}")
         labels = np.array([places[name] for name in names], np.int64)
         return replace(self, label=lambda number: int(labels[number]), class_names=tuple(class_names))
 

@@ -98,8 +98,8 @@ SLIPS = {
     "student.alibi=1": "student.alibi: must be a valid boolean, got 1",
     "save_num_checkpoints_to_keep=0": "save_num_checkpoints_to_keep: must be at least 1, or -1 for all, got 0",
     "device_train_microbatch_size=1.5": "device_train_microbatch_size: must be a whole number above 0, 'auto' or null",
-    "max_duration=1000": "max_duration: must be a duration such as '5ba' or '5ep', got '1000'",
-    "save_interval=1ep": "save_interval: must be a duration such as '5ba', got '1ep'",
+    "max_duration=1000": "max_duration: must be a duration such as '5ba' (5 batches) or '5ep' (5 epochs), got '1000'",
+    "save_interval=1ep": "save_interval: must be a duration such as '5ba' (5 batches), got '1ep'",
     "train_loader.crop_scale=[0.5,0.1]": "train_loader.crop_scale: must be two numbers, the smaller one first, got",
     "train_loader.crop_scale=[0.5,1.5]": "train_loader.crop_scale: must be at most 1, got (0.5, 1.5)",
     "train_loader.cache_limit=abc": "train_loader.cache_limit: must be a number of bytes, or a size such as '100gb'",
@@ -123,16 +123,16 @@ def test_a_slip_is_one_line(override: str, message: str) -> None:
 # Each value alone is allowed.
 CONTRADICTIONS = {
     ("scheduler.t_warmup=2000ba",): "scheduler.t_warmup: must not be longer than max_duration 600ba, got 2000ba; sched",
-    ("global_train_batch_size=32",): "global_train_batch_size: must be divisible by the 3 ranks, got 32",
+    ("global_train_batch_size=32",): "global_train_batch_size: must be divisible by the number of ranks, 3; got 32",
     ("train_loader.num_canonical_nodes=7",): "train_loader.num_canonical_nodes: must divide global_train_batch",
     ("train_loader.remote=s3://bucket/images",): (
-        "train_loader.num_canonical_nodes: must be divisible by the 3 nodes, got 1"
+        "train_loader.num_canonical_nodes: must be divisible by the number of nodes, 3; got 1"
     ),
     (
         "precision=amp_fp16",
     ): "precision: amp_fp16 needs a GPU, and this machine has none; on a CPU, set fp32, amp_bf16 or",
     ("device_train_microbatch_size=auto",): "device_train_microbatch_size: 'auto' needs a GPU",
-    ("train_loader.views=4",): "train_loader.num_canonical_nodes: must be divisible by the 3 nodes, got 1",
+    ("train_loader.views=4",): "train_loader.num_canonical_nodes: must be divisible by the number of nodes, 3; got 1",
     (
         "train_loader.views=4",
         "train_loader.num_canonical_nodes=3",

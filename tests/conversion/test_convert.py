@@ -160,6 +160,11 @@ def test_a_folder_without_images_is_no_class(tmp_path: Path) -> None:
     [
         (["a/1.jpg", "2.jpg"], [], "2.jpg: expected one of the classes a; got '2.jpg'; .* use --labels none"),
         (["train/a/1.jpg", "val/b/1.jpg"], ["--split", "val"], "1.jpg: expected one of the classes a; got 'b'"),
+        (
+            [f"train/{i:050}/1.jpg" for i in range(9)] + ["val/b/1.jpg"],
+            ["--split", "val"],
+            f"classes {0:050}, …; got 'b'",
+        ),
         (["1.jpg"], ["--quality", "0"], "--quality"),
         (
             ["car/1.jpg", "train/1.jpg"],

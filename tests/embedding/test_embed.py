@@ -387,7 +387,7 @@ def test_an_embedding_that_is_not_finite_is_refused(
     [
         ("s3://bucket/images", "o.npy", [], "s3://bucket/images cannot be listed (Unable to locate credentials)"),
         ("*.tar", "o.npy", [], f"*.tar: no {NAMES}"),
-        ("photos", "o.npy", ["--local", "c"], f"photos: expected {NAMES}, or MDS in a local folder"),
+        ("photos", "o.npy", ["--local", "c"], "--local: must be left out, because photos is not in a store"),
         ("photos", "o.csv", [], "o.csv must end in .npy or .parquet"),
         ("photos", "half.npy", [], "half.ids.npy already exists; choose another file, or "),
         ("photos", "other.npy", [], "other.model.json already exists; choose another file, or "),

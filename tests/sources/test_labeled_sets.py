@@ -184,6 +184,6 @@ def test_what_is_wrong_with_speech_commands_is_one_line(speech_commands: Path, t
     refused(r"/go/0_nohash_0\.wav: cannot decode as a FLAC, WAV, OGG or MP3 file", modality=Audio())
     (speech_commands / "testing_list.txt").write_text("")
     refused(
-        r"expected clips WORD.*; got \d+ and 0$",
+        r"expected clips WORD.*; found \d+ for training and 0 for the test$",
         modality=Audio(),
     )
