@@ -266,7 +266,7 @@ def new_student(
     if info.raw not in student.raw_names:
         raise ValueError(f"its sizes name the embedding {info.raw!r}, which the model does not have")
     if (info.made_by != "raw") != (has_alignment := "alignment.weight" in tensors):
-        raise ValueError(f"it {'has' if has_alignment else 'lacks'} an alignment, unlike what its sizes say")
+        raise ValueError(f"it {'has' if has_alignment else 'lacks'} an alignment, but its sizes say otherwise")
     student.raw_embedding = info.raw
     if info.made_by != "raw":
         weight, bias = (torch.empty(tensors[f"alignment.{name}"].shape) for name in ("weight", "bias"))
