@@ -169,7 +169,7 @@ class Files:
             )
         source = self.open().select([*chosen])
         hint = (
-            "each class needs a folder in train; without classes, use --labels none or, in a YAML, label_column: null"
+            "each class needs a folder in train; to ignore classes, use --labels none or, in a YAML, label_column: null"
         )
         if labels is None and not has_classes:
             labels = file if (file := Path(self.root, f"LOC_{name}_solution.csv")).is_file() else NONE
