@@ -175,4 +175,4 @@ PartOfWork = Annotated[
     PartText | None,
     Field(description="I/N: make only part I, counted from 0, of N parts; d2v merge OUT joins the parts."),
 ]
-Samples = Annotated[Positional[str], IS_GIVEN, Field(description=f"A folder of images or audio files, or {SOURCES}.")]
+Samples = Annotated[Positional[str], IS_GIVEN, Field(description=f"A folder of images or audio files, {SOURCES}.")]

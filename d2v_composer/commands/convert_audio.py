@@ -22,7 +22,7 @@ from d2v_composer.sources import SOURCES
 
 
 class ConvertAudio(Convert):
-    source: Samples = Field(description=f"A folder of audio files, or {SOURCES}.")
+    source: Samples = Field(description=f"A folder of audio files, {SOURCES}.")
 
     def run(self) -> Any:
         """Convert the clips, and return the conversion; ``None`` if the part exists already."""

@@ -27,7 +27,7 @@ from d2v_composer.sources import SOURCES
 
 
 class ConvertImages(Convert):
-    source: Samples = Field(description=f"A folder of images, cifar10:FOLDER, or {SOURCES}.")
+    source: Samples = Field(description=f"A folder of images, cifar10:FOLDER, {SOURCES}.")
     resize: Annotated[int, whole(1, 65500)] | None = None
     """Number of pixels to which the short side of a larger image is shrunk; default: no change."""
     quality: Annotated[int, whole(1, 100)] = 90

@@ -45,7 +45,7 @@ class Search(Command):
     index: Positional[str]
     """Path or address of the index: NAME.npy, with the ids in NAME.ids.npy, or NAME.parquet."""
     query: Positional[tuple[str, ...]] = Field(
-        (), description=f"An image, a clip, a folder of images or clips, or {SOURCES}."
+        (), description=f"An image, a clip, a folder of images or clips, {SOURCES}."
     )
     id: str | None = None
     """Find the neighbors of the row with this id, instead of the neighbors of a QUERY."""

@@ -466,7 +466,7 @@ class ClassifierAlgorithmsConfig(AlgorithmsConfig):
 
     def contradictions(self) -> Iterator[str]:
         if self.mixup is not None and self.cutmix is not None:
-            yield ".cutmix: must be null with mixup, because Composer cannot use both"
+            yield ".cutmix: must be null with mixup, because Composer computes wrong targets with both"
 
 
 class LabeledRunConfig(TrainerConfig):

@@ -125,6 +125,6 @@ def rows_of(models: Collection[str], infos: Mapping[str, EmbeddingInfo] = {}) ->
 
 
 def metric_key(dataset: str, column: Column, embedding: str = "", row: str = STUDENT) -> str:
-    """Return the log key of an accuracy; by default, of the student's accuracy in the embedding that tables show."""
+    """Return the log key of an accuracy; by default, of the student's accuracy in tables."""
     key = ROWS[row].key if row in ROWS else row
     return "/".join(filter(None, ["metrics", dataset, key, column.key, embedding]))

@@ -1,9 +1,10 @@
-"""Compare an exported file in a runtime with PyTorch, in a folder that `d2v verify --kit` wrote.
+"""Compare the embeddings that an exported file computes in a runtime with PyTorch's embeddings.
 
     python check_program.py onnxruntime student.onnx
 
-The script needs numpy and the runtime. It prints the measured numbers as JSON, and exits with status 1 if a number
-misses a limit. To measure another runtime, add the runtime to RUNTIMES.
+The script and its inputs are in a folder that `d2v verify --kit` wrote. The script needs numpy and the runtime. It
+prints time, memory and agreement as JSON, and exits with status 1 if a number misses a limit. To measure another
+runtime, add the runtime to RUNTIMES.
 """
 
 import json

@@ -99,8 +99,9 @@ class FrozenModel(Teacher):
         shape, (rows, columns), dim = height_and_width(self.config.image_size), self.config.grid_size, self.embed_dim
         if shape[0] != shape[1] or rows != columns or shape[0] % rows:
             raise ValueError(
-                "a student of new blocks needs a teacher with a square grid of whole, square patches, got a grid of "
-                f"{rows} x {columns} for {shape} pixels; a student with model timm/NAME needs no such grid"
+                "a student with new blocks needs a teacher with square images and a square grid of patches of whole "
+                f"pixels, got a grid of {rows} x {columns} for {shape[0]} x {shape[1]} pixels; a student with model "
+                "timm/NAME needs no such grid"
             )
         config = ImageEncoderConfig(
             embed_dim=dim,

@@ -335,7 +335,7 @@ class TimmEncoder(PixelEncoder):
             for name, value in sizes.encoder:
                 if name not in OF_A_FILE and value != (given := getattr(config, name)):
                     built = f"timm {timm.__version__} builds {config.model} with {name} {value}"
-                    raise ValueError(f"{built}, but its config has {given}")
+                    raise ValueError(f"{built}, but the config has {name} {given}")
             parts = TimmParts.of(model)
         self.stem: TimmModule = parts.stem
         self.blocks = nn.ModuleList(parts.blocks[: config.first_blocks])

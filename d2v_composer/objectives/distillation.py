@@ -110,7 +110,10 @@ class DistillationModel(ComposerModel):
 
     @torch.no_grad()
     def _try_teacher(self) -> int:
-        """Record the shapes of one input's targets, and return the number of operations that compute them."""
+        """Record the shapes of one input's targets, and return the number of operations that compute the targets.
+
+        The operations of an encoder that the student shares are left out.
+        """
         encoder = self.teacher.encoder
         encode = partial(encoder, Inputs(encoder.example(1)))
         tokens = encode()

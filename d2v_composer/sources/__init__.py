@@ -61,7 +61,10 @@ def listed(words: Iterable[str]) -> str:
 
 NAMES = listed(container.plural for container in CONTAINERS)
 # What a SOURCE may be besides a folder of files, and the help of --column and --label-column.
-SOURCES = f"MDS, {NAMES} (a file, folder or glob, local or in a store: s3://, …), or hf://datasets/ORG/NAME"
+SOURCES = (
+    f"a local folder of MDS shards, {NAMES} (a file, folder or glob, local or in a store: s3://, …), or "
+    "hf://datasets/ORG/NAME"
+)
 COLUMN = (
     "The column that holds the samples; in tars, the suffix of the samples' files. Default: the only column that can "
     "hold samples; in MDS, image or audio."

@@ -149,7 +149,7 @@ def load_labeled_set(
     """
     modality = modality or Images(image_size, interpolation)
     if (held := HOLDS.get(format or "", modality.name)) != modality.name:
-        raise InputError(f"{root}: {format} has {held} samples, but the model takes {modality.unit}")
+        raise InputError(f"{root}: {format} has {held} samples, but {modality.unit} are expected")
     if format in ("cifar10", "cifar100"):
         sources = [*open_cifar(format, Path(root), download).values()]
     elif format == "speech_commands":

@@ -218,8 +218,11 @@ def _list_hub(folder: str, suffixes: tuple[str, ...], chosen: str) -> tuple[str,
     if revision == CONVERTED:
         configurations = {path.partition("/")[0] for path in wanted}
     if len(configurations) > 1 and not (inside or chosen):
-        names, folders = (", ".join(sorted(choices)) for choices in (configurations, {*map(os.path.dirname, wanted)}))
-        raise InputError(f"{folder} has the configurations {names}; append a glob or one of the folders {folders}")
+        names, folders = (
+            ", ".join(sorted(choices)) for choices in (configurations, {*map(os.path.dirname, wanted)} - {""})
+        )
+        choices = f"a glob or one of the folders {folders}" if folders else "a glob"
+        raise InputError(f"{folder} has the configurations {names}; append {choices}")
     cut = [path for path in wanted if "/partial-" in f"/{path}"]
     if cut and "partial-" not in chosen:
         raise InputError(

@@ -265,7 +265,7 @@ def map_in_workers(
         cause = (str(error).strip() or type(error).__name__).splitlines()[-1]
         if isinstance(error, RuntimeError) and not cause.startswith("DataLoader worker (pid"):
             raise
-        advice = "run the command again, with fewer workers if the machine's memory ran out"
+        advice = "run the command again; if the machine's memory ran out, free memory or use fewer workers"
         raise RunError(f"reading failed ({cause}); {advice}") from error
 
 

@@ -101,7 +101,8 @@ def read_tar(file: BinaryIO) -> Iterator[tuple[str | None, list[tuple[str, int, 
         rest = read_bytes(file, tar.offset, MOST_ZEROS + 1)
     if rest.strip(b"\0") or not LEAST_ZEROS <= len(rest) <= MOST_ZEROS:
         raise ValueError(
-            f"no member and no end mark at byte {tar.offset}: the tar is damaged, cut or joined to another"
+            f"expected a member, or only the end mark, from byte {tar.offset} on: the tar is damaged, cut or joined to "
+            "another"
         )
     if members:
         yield key, members

@@ -41,7 +41,7 @@ class UnreadableSampleError(InputError):
 
 
 class RunError(_ShownError, RuntimeError):
-    """A foreseen failure while running, such as a full disk; a command prints the line and exits with status 1."""
+    """A foreseen failure while running, such as a full disk; a command prints its text and exits with status 1."""
 
 
 class ShardError(RunError):

@@ -148,7 +148,10 @@ def test_a_file_in_a_folder_that_is_no_runs_is_left_alone(tmp_path: Path) -> Non
 def test_a_full_disk_is_refused(tmp_path: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(small_run(tmp_path / "runs" / "small", small_data, "train_loader.views=4"))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(InputError, match=r"train_loader\.views: the targets of all views need 1 MB more .* set fewer"):
+    with pytest.raises(
+        InputError,
+        match=r"train_loader\.views: the targets of all views need 1 MB more .* set views to a smaller number",
+    ):
         train_student(config)
     assert not (tmp_path / "runs").exists()
 

@@ -81,7 +81,7 @@ def test_rows_of_an_index_have_a_length_in_float32(scale: float, tmp_path: Path)
     )
     np.save(tmp_path / "rows.ids.npy", np.array(["a", "b"]))
     with pytest.raises(
-        InputError, match=r"expected zeros, or finite numbers whose largest magnitude is from 1e-9 to 1e15$"
+        InputError, match=r"expected only zeros, or finite numbers whose largest magnitude is from 1e-9 to 1e15$"
     ):
         read_index(str(tmp_path / "rows.npy"))
 

@@ -330,7 +330,7 @@ def test_a_checkpoint_that_does_not_fit_is_named(uninterrupted: Path, run: Run, 
         (finished, [], f"load_path: {finished} was trained for 14 batches; max_duration must be longer, got 14ba"),
         (finished, ["max_duration=2ep"], "was trained for 2 epochs; max_duration must be longer, got 2ep"),
         (finished, ["max_duration=20ba", "seed=18"], "seed: checkpoint has 17, this run has 18"),
-        (foreign, ["student.depth=1"], f"{foreign}: tensor student.blocks.1."),
+        (foreign, ["student.depth=1"], f"{foreign}: the tensor 'student.blocks.1."),
     ):
         assert words in run.refused(f"load_path={load_path}", *changes)
         assert not run.folder.exists()

@@ -179,7 +179,7 @@ def test_a_module_that_returns_something_else_is_refused(
     ("sizes", "problem"),
     [
         ({"has_cls_token": True}, r"must map images \(1, 3, 32, 32\) to tokens \(1, 17, D\), got \(1, 16, 48\)"),
-        ({"grid_size": (2, 8)}, r"a square grid of whole, square patches, got a grid of 2 x 8 for \(32, 32\) pixels"),
+        ({"grid_size": (2, 8)}, r"a square grid of patches of whole pixels, got a grid of 2 x 8 for 32 x 32 pixels"),
         ({"image_mean": (2.0, 0.0, 0.0)}, "image_mean must be less than or equal to 1, got 2.0"),
     ],
 )

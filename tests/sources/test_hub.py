@@ -52,7 +52,10 @@ def test_what_the_hub_has_twice_or_not_whole_must_be_named(tmp_path: Path, monke
     for language in ("en", "fr"):
         write_parquet(hub / "card" / "main" / language / "0.parquet", {"image": [IMAGE]})
     card = "---\nconfigs:\n- config_name: english\n- config_name: french\n---\n"
-    (hub / "card" / "main" / "README.md").write_text(card)
+    for name in ("card", "files"):
+        (hub / name / "main").mkdir(exist_ok=True, parents=True)
+        (hub / name / "main" / "README.md").write_text(card)
+    write_parquet(hub / "files" / "main" / "english.parquet", {"image": [IMAGE]})
     address = "hf://datasets/org"
     refused = {
         f"cut{bot}": f"only a part of this data set to Parquet; to read this part, use {address}/cut{bot}/",
@@ -60,6 +63,7 @@ def test_what_the_hub_has_twice_or_not_whole_must_be_named(tmp_path: Path, monke
         f"cut{bot}/default": "has converted only a part of this",
         "two": f"two{bot} has the configurations a, b; append a glob or one of the folders a/train, b/train$",
         "card": "card has the configurations english, french; append a glob or one of the folders en, fr$",
+        "files": "files has the configurations english, french; append a glob$",
     }
     named = (f"cut{bot}/default/partial-train", f"cut{bot}/default/test", f"two{bot}/a", "card/fr", "card/en/*.parquet")
     with serve(tmp_path / "hub", tmp_path / "cache", monkeypatch):

@@ -178,8 +178,8 @@ def test_what_is_wrong_with_speech_commands_is_one_line(speech_commands: Path, t
     refused(
         r"nowhere: no testing_list\.txt; unpack https://\S+ in this folder$", tmp_path / "nowhere", modality=Audio()
     )
-    refused("speech_commands has audio samples, but the model takes images")
-    refused("cifar10 has image samples, but the model takes clips", format="cifar10", modality=Audio())
+    refused("speech_commands has audio samples, but images are expected")
+    refused("cifar10 has image samples, but clips are expected", format="cifar10", modality=Audio())
     (speech_commands / "go" / "0_nohash_0.wav").write_bytes(b"RIFF")
     refused(r"/go/0_nohash_0\.wav: cannot decode as a FLAC, WAV, OGG or MP3 file", modality=Audio())
     (speech_commands / "testing_list.txt").write_text("")
