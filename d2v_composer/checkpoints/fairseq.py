@@ -29,7 +29,7 @@ PREFIXES: dict[str, type[Any]] = {
     "modality_encoders.AUDIO.": AudioEncoderConfig,
 }
 LICENSES = {
-    ImageEncoderConfig: "not stated in the file; Meta released its data2vec 2.0 image checkpoints under CC BY-NC 4.0",
+    ImageEncoderConfig: "not stated in the file; Meta released its data2vec 2.0 image checkpoints under CC BY-NC",
     AudioEncoderConfig: "not stated in the file; Meta released its data2vec 2.0 audio checkpoints under MIT",
     EatEncoderConfig: "not stated in the file; EAT's code is under the MIT license; none is stated for its weights",
 }

@@ -264,9 +264,11 @@ def new_student(
         student = TimmStudent(sizes.network, provenance)
     info = sizes.embedding
     if info.raw not in student.raw_names:
-        raise ValueError(f"its sizes name the embedding {info.raw!r}, which the model does not have")
+        raise ValueError(f"its config names the embedding {info.raw!r}, which the model does not have")
     if (info.made_by != "raw") != (has_alignment := "alignment.weight" in tensors):
-        raise ValueError(f"it {'has' if has_alignment else 'lacks'} an alignment, but its sizes say otherwise")
+        raise ValueError(
+            f"it {'has' if has_alignment else 'lacks'} an alignment's tensors, but its config says otherwise"
+        )
     student.raw_embedding = info.raw
     if info.made_by != "raw":
         weight, bias = (torch.empty(tensors[f"alignment.{name}"].shape) for name in ("weight", "bias"))

@@ -198,9 +198,9 @@ class TrainLoaderConfig(ShardLoaderConfig):
         if self.remote is not None or is_mds(Path(self.local)):
             return None
         return (
-            f".remote: must be the address of an MDS data set, such as s3://BUCKET/imagenet/train, because "
-            f"train_loader.local, {self.local}, has no MDS data set; the YAMLs for ImageNet take the address from the "
-            "environment variable IMAGENET"
+            f".remote: must be the address of an MDS data set, such as s3://BUCKET/imagenet/train, unless "
+            f"train_loader.local is an MDS data set; {self.local} is not. The YAMLs for ImageNet take the address from "
+            "the environment variable IMAGENET"
         )
 
     @model_validator(mode="after")

@@ -89,7 +89,7 @@ def export_program(program: Program, path: Path) -> None:
         inputs = torch.randint_like(inputs, 256) if program.takes_pixels else torch.randn_like(inputs)
         outputs = torch.from_numpy(load(str(partial))(inputs.numpy()))
         if not is_equal_but_for_rounding(outputs, program.compute(program.original, inputs)):
-            raise InputError("the exported model computes other embeddings than the student, and was not written")
+            raise InputError("the exported model's embeddings differ from the student's, so the file was not written")
 
 
 def metadata_of(student: Backbone, embedding: str, takes_pixels: bool) -> dict[str, str]:

@@ -49,4 +49,4 @@ def write_report(run: Run, folder: Path) -> list[Path]:
 def cost_tables(run: Run) -> Iterator[tuple[str, list[list[str]]]]:
     """Yield the title and the lines of the table of costs, if the run's record has costs."""
     if costs := run.record.get("costs"):
-        yield "Size and computation of the exported models", cost_table(costs, run.modality.cost_unit)
+        yield "Size and computation", cost_table(costs, run.modality.cost_unit)

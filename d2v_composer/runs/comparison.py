@@ -57,7 +57,7 @@ def build_labeled_sets(lookup: LookupConfig, modality: Modality, embedding: Embe
     for name, labeled in sets.items() if global_rank() == 0 else ():
         if shared := labeled.count_shared():
             overlap = f"{shared} of {len(labeled.test.labels)} test {modality.unit}"
-            print(f"warning: {name}: {overlap} are also in its split train", file=sys.stderr)
+            print(f"warning: {name}: {overlap} are also in its train split", file=sys.stderr)
     return sets
 
 

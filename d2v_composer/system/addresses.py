@@ -73,9 +73,10 @@ class Address(NamedTuple):
         parts = path.rstrip("/").split("/") if path else []
         is_odd = re.search(r"[][]", bucket) or re.search(r"[#?\s]", bucket + path.replace(" ", ""))
         if is_odd or not (bucket or scheme == "dbfs") or not {"", ".", ".."}.isdisjoint(parts):
+            form = "dbfs:/PATH" if scheme == "dbfs" else f"{scheme}://BUCKET/KEY"
             raise ValueError(
-                f"expected {scheme}://BUCKET/KEY without '#' or '?', where no part of KEY is empty, '.' or '..'; "
-                f"got {text!r}"
+                f"expected {form} without '#', '?', tabs or line breaks, where BUCKET has no spaces or brackets and no "
+                f"part of the path is empty, '.' or '..'; got {text!r}"
             )
         return cls(scheme, bucket, path.rstrip("/"))
 

@@ -134,7 +134,7 @@ def test_a_program_that_computes_something_else_is_not_written(
     """As if the exporter had written another student's."""
     monkeypatch.setattr(programs, "write_onnx", lambda _, path, about: shutil.copy(small / "student.onnx", path))
     student, path = random_student(tmp_path / "other.safetensors", seed=1), tmp_path / "student.onnx"
-    with pytest.raises(InputError, match=f"{path}: the exported model computes other embeddings than the student"):
+    with pytest.raises(InputError, match=f"{path}: the exported model's embeddings differ from the student's"):
         export(student, path)
     assert [*tmp_path.iterdir()] == [student]
 

@@ -273,7 +273,7 @@ def test_an_evaluation_replaces_only_its_own(labeled: Path, tmp_path: Path) -> N
 
 def test_test_images_among_the_train_images_are_counted(labeled: Path, small_data: Path, tmp_path: Path) -> None:
     """Promise 23: they make every model right; equal pixels count, also in different files."""
-    said = "warning: small: {} of {} test images are also in its split train\n"
+    said = "warning: small: {} of {} test images are also in its train split\n"
     model = f"model={GOLDEN / 'tiny_base.pt'}"
     run = small_run(tmp_path / "run", small_data, f"retrieval.{datasets_of(labeled)}", "max_duration=1ba")
     assert said.format(48, 48) in run_training(*run, "scheduler.t_warmup=0ba").stderr
@@ -286,4 +286,4 @@ def test_test_images_among_the_train_images_are_counted(labeled: Path, small_dat
     sets = f"datasets={{small: {{format: folder, root: {folder}}}}}"
     assert said.format(2, 20) in succeed("evaluate", model, sets, "ks=[1]").stderr
     ended = succeed("evaluate", model, datasets_of(QUICKSTART / "cifar10"), "max_images=50")
-    assert "also in its split train" not in ended.stderr
+    assert "also in its train split" not in ended.stderr
