@@ -179,7 +179,10 @@ def test_a_worker_that_is_killed_is_one_line(photos: Path, tmp_path: Path, monke
     """As by the kernel if memory runs short."""
     end = "d2v_composer.sources.source.read_sample_file"
     monkeypatch.setattr(end, lambda path: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(RunError, match=r"^reading failed \(DataLoader worker \(pid.*if the machine's memory ran out$"):
+    line = (
+        r"^reading failed \(DataLoader worker \(pid.*if the machine's memory ran out, free memory or use fewer workers$"
+    )
+    with pytest.raises(RunError, match=line):
         embed(TEACHER, photos, tmp_path / "photos.npy", *SMALL_BATCHES, workers=1)
 
 
