@@ -219,8 +219,8 @@ class TimmWrapper(nn.Module):
             self.pretrained_cfg = self.default_cfg = pretrained_cfg(sizes)
             self.reset_classifier(self.num_classes)
         part = "alignment." if self.num_classes == len(last.get("alignment.bias", ())) else "head."
-        kept = [name for name in last if name.startswith(part) and self.num_classes]
-        head = {name.removeprefix(part): last[name] for name in kept}
+        tensors_of_head = {name.removeprefix(part): tensor for name, tensor in last.items() if name.startswith(part)}
+        head = tensors_of_head if self.num_classes else {}
         return self.head.load_state_dict(head, bool(head), assign)
 
 

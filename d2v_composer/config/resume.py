@@ -7,7 +7,7 @@ from pydantic import BaseModel
 
 
 class OnResume(Enum):
-    """What a resume does if a field's value differs from the value in the checkpoint."""
+    """Ways in which a resume treats a field whose value differs from the value in the checkpoint."""
 
     FIXED = auto()
     """The resume is refused."""

@@ -136,7 +136,7 @@ class _Finished(TypedDict):
 
 
 class _Task(NamedTuple):
-    """What the workers of a conversion need."""
+    """The settings and the source of a conversion, which each worker gets."""
 
     source: Source
     groups: Sequence[Int64Array]

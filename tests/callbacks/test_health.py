@@ -76,7 +76,11 @@ def test_a_healthy_run_has_no_warnings(caplog: pytest.LogCaptureFixture) -> None
 @pytest.mark.parametrize(
     ("state", "model", "reason"),
     [
-        ("collapse", Regressor(scale=0.09), r"collapse at batch 5: the prediction's variance over the microbatch is 0"),
+        (
+            "collapse",
+            Regressor(scale=0.09),
+            r"collapse at batch 5: the prediction's variance over the microbatch is 0.00",
+        ),
         (
             "dead",
             Regressor(shift=1.2),

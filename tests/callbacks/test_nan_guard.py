@@ -96,10 +96,13 @@ class Fault(Callback):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (Fault(Event.AFTER_BACKWARD, infinite_gradient), r"model\.student\.blocks\S+ has values that are not"),
+        (
+            Fault(Event.AFTER_BACKWARD, infinite_gradient),
+            r"model\.student\.blocks\S+ has values that are not finite; earlier",
+        ),
         (
             Fault(Event.AFTER_TRAIN_BATCH, large_gradient),
-            r"optimizers\.AdamW\.state\.\S+\.exp_avg_sq has values ",
+            r"optimizers\.AdamW\.state\.\S+\.exp_avg_sq has values that are not finite",
         ),
         (Fault(Event.AFTER_LOSS, infinite_loss), "the training loss is inf; earlier checkpoints"),
     ],

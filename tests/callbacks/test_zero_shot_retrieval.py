@@ -415,7 +415,11 @@ def test_a_model_without_embed_is_refused() -> None:
         (SMALL, {"probes": ["knm"]}, "probes must be among knn, linear, zero_shot.*, got 'knm'"),
         (SMALL, {"probes": ["instance"]}, "set: instance retrieval needs the argument 'augment'"),
         (SMALL, {"probes": ["agreement"]}, "set: agreement needs more than 10 test samples, got 5"),
-        (WHOLE, {"probes": ["agreement"], "baselines": {"pixels": pixels}}, "needs a baseline named 'teacher'"),
+        (
+            WHOLE,
+            {"probes": ["agreement"], "baselines": {"pixels": pixels}},
+            "agreement needs a baseline named 'teacher'",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused(labeled: EvaluationSet, options: dict[str, Any], problem: str) -> None:

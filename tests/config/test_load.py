@@ -97,7 +97,12 @@ SLIPS = {
     "compile=0": "compile: must be true, false, default or max-autotune-no-cudagraphs, got 0",
     "student.alibi=1": "student.alibi: must be a valid boolean, got 1",
     "save_num_checkpoints_to_keep=0": "save_num_checkpoints_to_keep: must be at least 1, or -1 for all, got 0",
-    "device_train_microbatch_size=1.5": "device_train_microbatch_size: must be a whole number above 0, 'auto' or null",
+    "device_train_microbatch_size=half": (
+        "device_train_microbatch_size: must be a whole number above 0, 'auto' or null, got 'half'"
+    ),
+    "device_train_microbatch_size=1.5": (
+        "device_train_microbatch_size: must be a whole number above 0, 'auto' or null, got 1.5"
+    ),
     "max_duration=1000": "max_duration: must be a duration such as '5ba' (5 batches) or '5ep' (5 epochs), got '1000'",
     "save_interval=1ep": "save_interval: must be a duration such as '5ba' (5 batches), got '1ep'",
     "train_loader.crop_scale=[0.5,0.1]": "train_loader.crop_scale: must be two numbers, the smaller one first, got",
@@ -106,7 +111,9 @@ SLIPS = {
     "train_loader.local=s3://b/x": "train_loader.local: must be a path on this machine, got 's3://b/x'",
     "retrieval.baselines=[student]": "retrieval.baselines[0]: must be 'pixels', 'log_mel', 'encoder' or 'teacher', got",
     "save_folder=ftp://x/y": "save_folder: expected a folder or SCHEME://BUCKET/KEY, where SCHEME is one of s3, gs,",
-    "save_folder=runs/{rank}": "save_folder: expected only letters, digits, inner spaces and the characters ./@%=+,~-_",
+    "save_folder=runs/{rank}": (
+        "save_folder: expected only letters, digits, inner spaces and the characters ./@%=+,~-_ (no // at the start), "
+    ),
     "save_folder=''": "save_folder: must be one or more printable characters, got ''",
     "run_name=a/b": "run_name: ",
     "student.depth=[1,2": "'student.depth=[1,2': expected dotted.key=value, where value is valid YAML: ",

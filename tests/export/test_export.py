@@ -168,7 +168,8 @@ def test_int8_quantizes_every_linear_layer(
 
 
 def test_int8_needs_images(exported: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="expected at least 20 images, got 0; choose a larger source with --images "):
+    too_few = r"expected at least 20 images, got 0; choose a larger source with --images .* or --calibrate "
+    with pytest.raises(InputError, match=too_few):
         export(exported, tmp_path / "student.onnx", "--int8")
     with pytest.raises(InputError, match=r"a\.pt2: --int8 is only for .onnx$"):
         export(exported, tmp_path / "a.pt2", "--int8")

@@ -382,7 +382,9 @@ def test_a_refused_change_changes_nothing(copied: Path, distilled: Path, photos:
         assert re.search(problem, line), line
         assert "save_folder" not in line
     other = shutil.copytree(photos, tmp_path / "other")
-    assert f"was begun with other input (source: '{photos}' then, '{other}' now); " in refused(other, copied)
+    assert f"was begun with other input (source: '{photos}' then, '{other}' now); choose another" in refused(
+        other, copied
+    )
     teacher = shutil.copy(TEACHER, tmp_path / "teacher.pt")
     assert f" (teacher: '{TEACHER}' then, '{teacher}' now); choose" in refused(photos, copied, teacher=teacher)
     assert contents_of(copied) == before

@@ -112,6 +112,7 @@ def test_a_name_that_two_packages_offer_is_refused(tmp_path: Path, monkeypatch: 
         install(tmp_path / name, name, f"[d2v_composer.teachers]\nmine = {name}:load\n")
         monkeypatch.syspath_prepend(tmp_path / name)
     problem = r"^model: mine \(mine:load\) and other \(other:load\) provide the entry point 'mine' of the group "
+    problem += r"d2v_composer\.teachers; "
     with pytest.raises(ValueError, match=problem):
         load_teacher(None, model="ext/mine")
 

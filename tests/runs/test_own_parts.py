@@ -121,7 +121,11 @@ def test_a_yaml_names_a_packages_callback(tmp_path: Path, small_data: Path) -> N
     other = install(tmp_path / "two", "theirs", "note = theirs:Note")
     for folders, override, problem in [
         ([], chosen, "callbacks.ext/note: no such name (allowed: health, "),
-        ([package, other], chosen, "callbacks: ours (ours:Note) and theirs (theirs:Note) provide the entry point"),
+        (
+            [package, other],
+            chosen,
+            "callbacks: ours (ours:Note) and theirs (theirs:Note) provide the entry point 'note'",
+        ),
         ([package], "callbacks={ext/note: {paht: a}}", "callbacks.ext/note.paht: no such argument; did you mean path?"),
     ]:
         refused = installed_run(folders, [*settings, override, f"save_folder={tmp_path}/refused"])
