@@ -210,7 +210,7 @@ def test_two_calls_at_once(moment: str, distilled: Path, photos: Path, tmp_path:
         if moment == "shard":
             line = refused(photos, out, *SHORT)
             assert "in use by another run" in line
-            assert f"process {program.pid} of" in line
+            assert f"process {program.pid} on" in line
             assert "--out" in line
             assert "save_folder" not in line
         else:

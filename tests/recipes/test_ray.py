@@ -99,7 +99,7 @@ def test_ray_embeds_every_kind_of_source_as_the_command(
     out = tmp_path / "out"
     ray_embed.main(MODEL, str(sources / kind), str(out), column)
     check(out, sources / "expected.npy")
-    assert "in the column 'error': 1\n" in capsys.readouterr().out
+    assert "unreadable samples: 1 (the column 'error' has the reasons)\n" in capsys.readouterr().out
     with pytest.raises(ValueError, match="already exists"):  # nothing is mixed
         ray_embed.main(MODEL, str(sources / kind), str(out), column)
 
