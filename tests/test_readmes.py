@@ -39,7 +39,6 @@ READERS = {
     "train": (load_config, "yamls/distill.yaml"),
     "train.py": (load_config, "yamls/distill.yaml"),
     "own_teacher.py": (load_config, "yamls/quickstart.yaml"),
-    "preflight.py": (load_config, "yamls/distill.yaml"),
     "run.py": (load_config, "yamls/distill.yaml"),
     "evaluate": (load_evaluate_config, "yamls/evaluate.yaml"),
     "finetune.py": (load_finetune_config, "yamls/finetune.yaml"),

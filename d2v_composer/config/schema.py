@@ -405,7 +405,7 @@ class TrainerConfig(RunConfig):
 
 
 class TrainConfig(TrainerConfig):
-    """Fields of ``d2v train``, ``d2v distill``, recipes/train.py and recipes/preflight.py."""
+    """Fields of ``d2v train``, ``d2v distill`` and recipes/train.py."""
 
     moved = {"prediction": "objectives.tokens.prediction", "targets": "objectives.tokens"}
     compile: Annotated[Any, IS_MODE, NEW_TARGETS] = False

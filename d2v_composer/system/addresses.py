@@ -13,8 +13,6 @@ from typing_extensions import Self
 STUDENT_FILE = "student.safetensors"
 # Name of a run's lock file. A folder with this file, here or in a store, belongs to a run.
 MARK = ".in_use"
-# Name of the folder of a preflight, in the run's folder and cache. A preflight removes it at its start and end.
-PREFLIGHT = ".d2v-preflight"
 # Stores to which Composer can write.
 STORES = ("s3", "gs", "oci", "azure", "dbfs")
 WEB = ("http", "https")

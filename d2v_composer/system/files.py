@@ -18,7 +18,6 @@ from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
-from d2v_composer.system.addresses import PREFLIGHT
 from d2v_composer.system.errors import InputError, reading, writing
 from d2v_composer.system.processes import num_nodes
 
@@ -106,11 +105,11 @@ def check_owned(folder: Path | str, names: Iterable[str], mark: str, key: str) -
         key: The setting that chooses the folder, for the error.
 
     Raises:
-        InputError: The folder has files, but not the file ``mark``; the folder of a preflight does not count.
+        InputError: The folder has files, but not the file ``mark``.
     """
     inside = {name.partition("/")[0] for name in names}
-    if mark not in inside and (foreign := sorted(inside - {PREFLIGHT})):
-        raise InputError(f"{key}: {folder} holds foreign files, such as {foreign[0]}; choose another folder")
+    if inside and mark not in inside:
+        raise InputError(f"{key}: {folder} holds foreign files, such as {min(inside)}; choose another folder")
 
 
 @contextmanager

@@ -1,12 +1,12 @@
-"""Try a run, train, and export the student, under a scheduler that may stop and restart the program.
+"""Train, and export the student, under a scheduler that may stop and restart the program.
 
 usage: python recipes/launch/run.py FILE.yaml save_folder=s3://… [dotted.key=value …]
 
     IMAGENET=s3://BUCKET/imagenet/train python recipes/launch/run.py yamls/distill.yaml save_folder=s3://BUCKET/runs/distill
 
-The program runs recipes/preflight.py, unless the run has begun, and recipes/train.py, each on all GPUs of this machine.
-Then the program exports the student to save_folder. After SIGTERM, the training saves a checkpoint, and the exit status
-is 143; run the same command again to resume. slurm.sh and kubernetes.yaml start this program.
+The program runs recipes/train.py on all GPUs of this machine. Then the program exports the student to save_folder.
+After SIGTERM, the training saves a checkpoint, and the exit status is 143; run the same command again to resume.
+slurm.sh and kubernetes.yaml start this program.
 """
 
 import subprocess
@@ -27,23 +27,21 @@ from d2v_composer.checkpoints.checkpoint import LATEST
 from d2v_composer.config.load import load_config
 from d2v_composer.config.reference import load_any
 from d2v_composer.export.model_card import save_with_card
-from d2v_composer.system.addresses import MARK, STUDENT_FILE
+from d2v_composer.system.addresses import STUDENT_FILE
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.fetch import names_in, put
+from d2v_composer.system.fetch import put
 from d2v_composer.system.processes import defer_signals, if_interrupted, obey_signals, received, start_program
 
-RECIPES = Path(__file__).resolve().parent.parent
+TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 POLL_SECONDS = 0.5
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run the preflight unless the run has begun, then train and export the student."""
+    """Train, and export the student."""
     folder = load_config(argv).run_folder
     if folder is None:
         raise InputError("save_folder: must be set, because a restarted run resumes from this folder")
-    if MARK not in names_in(str(folder)):
-        run_on_all_gpus("preflight.py", argv)
-    run_on_all_gpus("train.py", argv)
+    train_on_all_gpus(argv)
 
     latest, student_file = folder.local / LATEST, folder.local / STUDENT_FILE
     student, _ = load_any(latest)
@@ -54,9 +52,9 @@ def main(argv: Sequence[str]) -> None:
     command_line.print_next(command_line.d2v("embed", f"{folder}/{STUDENT_FILE}", "SOURCE", "embeddings.npy"))
 
 
-def run_on_all_gpus(recipe: str, argv: Sequence[str]) -> None:
-    """Run a recipe with Composer's launcher, and exit with the launcher's status if the recipe fails."""
-    command = [sys.executable, "-m", "composer.cli", str(RECIPES / recipe), *argv]
+def train_on_all_gpus(argv: Sequence[str]) -> None:
+    """Train with Composer's launcher, and exit with the launcher's status if the training fails."""
+    command = [sys.executable, "-m", "composer.cli", str(TRAIN), *argv]
     with if_interrupted(lambda: "the same command resumes"):
         defer_signals()
         launcher = start_program(command)

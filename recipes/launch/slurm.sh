@@ -3,7 +3,7 @@
 #SBATCH --nodes=1 --ntasks=1 --gpus-per-node=8 --cpus-per-task=32 --mem=128G
 #SBATCH --time=04:00:00 --signal=B:USR1@180 --requeue
 #
-# Preflight, training and export on one machine of a SLURM cluster. Submit it in the clone, whose .venv has [train]:
+# Training and export on one machine of a SLURM cluster. Submit it in the clone, whose .venv has [train]:
 #
 #   IMAGENET=s3://BUCKET/imagenet/train sbatch recipes/launch/slurm.sh \
 #       save_folder=s3://BUCKET/runs/distill train_loader.local=/mnt/nvme/imagenet/train

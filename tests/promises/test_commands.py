@@ -51,7 +51,7 @@ TEACHER = GOLDEN / "tiny_base.pt"
 D2V_SCRIPT = Path(sys.executable).with_name("d2v")
 COMMANDS = ["distill", "train", "init", "evaluate", "export", "embed", "report", "fields", "benchmark"]
 COMMANDS += ["convert-teacher", "random-teacher", "convert-images", "convert-audio"]
-RECIPES = ("train", "finetune", "preflight", "ablations")
+RECIPES = ("train", "finetune", "ablations")
 
 
 def seconds_of_help(*command: str | Path) -> float:

@@ -97,14 +97,13 @@ def test_imagenet_is_read_from_the_address_in_the_environment(name: str, monkeyp
 
 
 def test_the_bare_command_says_all_that_is_missing_before_it_fetches_anything(tmp_path: Path) -> None:
-    for program in DISTILL[1], ROOT / "recipes" / "preflight.py":
-        ended = run_command(sys.executable, program, DISTILL[2], cwd=tmp_path, timeout=60)
-        failure(ended, status=2)
-        gpu, data = ended.stderr.splitlines()
-        assert gpu.startswith("error: precision: amp_fp16 needs a GPU")
-        assert data.startswith("error: train_loader.remote: must be the address of an MDS data set")
-        assert "datasets/imagenet/train" in data
-        assert "variable IMAGENET" in data
+    ended = run_command(sys.executable, *DISTILL[1:], cwd=tmp_path, timeout=60)
+    failure(ended, status=2)
+    gpu, data = ended.stderr.splitlines()
+    assert gpu.startswith("error: precision: amp_fp16 needs a GPU")
+    assert data.startswith("error: train_loader.remote: must be the address of an MDS data set")
+    assert "datasets/imagenet/train" in data
+    assert "variable IMAGENET" in data
     assert not list(tmp_path.iterdir())
 
 

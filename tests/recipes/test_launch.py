@@ -64,8 +64,8 @@ from pathlib import Path
 from d2v_composer.system import command_line
 from recipes.launch import run
 
-run.RECIPES = Path(sys.argv[1])
-command_line.run(lambda argv: run.run_on_all_gpus("train.py", argv))
+run.TRAIN = Path(sys.argv[1], "train.py")
+command_line.run(run.train_on_all_gpus)
 """
 SCONTROL = '#!/usr/bin/env bash\necho "$@" >> requeued\n'
 
@@ -232,7 +232,7 @@ def store(object_store: GatedStore, small_data: Path) -> GatedStore:
 
 @pytest.mark.slow
 def test_a_run_begun_by_slurm_is_finished_by_kubernetes(store: GatedStore, labeled: Path, tmp_path: Path) -> None:
-    """A job's time is up; on another machine, the same run resumes from the bucket, without another preflight."""
+    """A job's time is up; on another machine, the same run resumes from the bucket."""
     here, there = tmp_path / "here", tmp_path / "there"
     write_program(here / "bin" / "scontrol", SCONTROL)
     for name, place in {".venv": sys.prefix, "recipes": ROOT / "recipes", "yamls": ROOT / "yamls"}.items():
@@ -261,8 +261,6 @@ def test_a_run_begun_by_slurm_is_finished_by_kubernetes(store: GatedStore, label
         assert first.wait(120) == 143, (here / "output.txt").read_text()
     finally:
         kill_group(first)
-    said = (here / "output.txt").read_text()
-    assert re.search("^export +ok", said, re.MULTILINE), said
     assert (here / "requeued").read_text() == "requeue 7\n"
     before = losses_of(here / "runs" / "distill")
     assert 1 < len(before) < NUM_BATCHES
@@ -276,9 +274,7 @@ def test_a_run_begun_by_slurm_is_finished_by_kubernetes(store: GatedStore, label
             assert second.wait() == 0, (there / "output.txt").read_text()
     finally:
         kill_group(second)
-    said = (there / "output.txt").read_text()
-    assert f" at batch {len(before)}\n" in said
-    assert "verdict" not in said
+    assert f" at batch {len(before)}\n" in (there / "output.txt").read_text()
     assert sorted(losses_of(there / "runs" / "distill")) == list(range(NUM_BATCHES))
 
     stored = store.objects(BUCKET, "runs/distill/")
