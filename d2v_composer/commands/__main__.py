@@ -30,7 +30,6 @@ COMMANDS = {
     "align": "map a student's embeddings to the space of an index or of another model",
     "merge": "merge the parts of a conversion or of embeddings",
     "benchmark": "measure the speed of training, data loading and retrieval against baselines",
-    "env": "print what a bug report needs: the machine, its GPUs, and versions of packages",
 }
 
 

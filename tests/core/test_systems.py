@@ -35,7 +35,6 @@ def run_core(folder: Path, *system: str) -> str:
     write_files(folder / "run", {"run.yaml": yaml.safe_dump(RECORD, allow_unicode=True).encode(), "log.jsonl": losses})
     datasets = f"datasets={{small: {{format: mds, root: {(QUICKSTART / 'cifar10').as_posix()}}}}}"
     commands = [
-        ["env"],
         ["convert-teacher", (GOLDEN / "tiny_base.pt").as_posix(), "teacher.safetensors"],
         ["embed", "teacher.safetensors", "../photos", "photos.npy", "--workers", "2", "--batch-size", "4"],
         ["evaluate", "model=../student.safetensors", "max_images=40", datasets, "out=evaluation"],
@@ -69,11 +68,8 @@ def here(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
     write_images(root / "photos", [f"{i}.jpg" for i in range(10)])
     save_student(load_teacher(GOLDEN / "tiny_base.pt").build_student(depth=1), root / "student.safetensors")
     (root / "here").mkdir()
-    said = run_core(root / "here")
-    assert re.search(r"^cpu +\S.*\n(.*\n)*?cores +[1-9]", said, re.MULTILINE)
-    imported = re.findall(r"^imported: ?(.*)$", said, re.MULTILINE)
-    assert imported[1:7] == [*["torch"] * 2, *["matplotlib torch"] * 4]  # from convert-teacher to init
-    assert {"python", "torch"} <= {line.partition(" ")[0] for line in said.splitlines()}
+    imported = re.findall(r"^imported: ?(.*)$", run_core(root / "here"), re.MULTILINE)
+    assert imported[:6] == [*["torch"] * 2, *["matplotlib torch"] * 4]  # from convert-teacher to init
     return root / "here"
 
 
@@ -106,5 +102,5 @@ def test_the_commands_compute_what_the_models_do(here: Path) -> None:
 def test_other_systems_give_the_same_bytes(here: Path, system: str) -> None:
     folder = here.with_name(system)
     folder.mkdir()
-    assert "torch cpu" in run_core(folder, system)
+    run_core(folder, system)
     assert written(folder) == written(here)
