@@ -32,7 +32,7 @@ PUBLIC = {
     "d2v_composer.models.backbone": ["Backbone", "Transformer"],
     "d2v_composer.models.configs": ["TargetOptions"],
     "d2v_composer.models.targets": ["LayerMean"],
-    "d2v_composer.objectives.objective": ["Outputs", "Regression"],
+    "d2v_composer.objectives.objective": ["Regression"],
 }
 # Lines of a docstring such as 'step: images/s'.
 ITEMS = re.compile("(?:^[a-z-]+: .*\\n){2,}", re.MULTILINE)

@@ -85,7 +85,7 @@ def test_the_model_that_trains() -> None:
     student = teacher.build_student(depth=1)
     model = DistillationModel(teacher, student)
     outputs = model.forward(IMAGES)
-    loss: Tensor = model.losses(outputs.regressions)["total"]
+    loss: Tensor = model.losses(outputs)["total"]
     assert loss.ndim == 0
     callbacks: list[Callback] = [NanGuard(), Health(), Throughput(), AlignStudent(model, list(IMAGES))]
     assert [*callbacks, GradientNorm(), JSONLLogger("log.jsonl"), ProgressLogger(bar=False)]

@@ -5,7 +5,7 @@ Shapes: B samples, T tokens, D channels.
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from composer.core import Callback, Event, State, Time, TimeUnit
@@ -17,7 +17,7 @@ from d2v_composer.callbacks.trainer_state import due_every, loss_scale
 from d2v_composer.evaluation.run_log import HEALTH_STATES
 from d2v_composer.models.features import mean_over_time
 from d2v_composer.models.provenance import Record
-from d2v_composer.objectives.objective import Outputs, Regression
+from d2v_composer.objectives.objective import Regression
 from d2v_composer.objectives.tokens import regression_loss
 
 # Below this share of the target's variance, the prediction counts as the same for all inputs.
@@ -54,9 +54,8 @@ class Health(Callback):
 
     When one of the last five numbers changes from 0 to 1, a warning is logged.
 
-    The model must return a :class:`~d2v_composer.objectives.objective.Regression` or
-    :class:`~d2v_composer.objectives.objective.Outputs`, whose first regression is measured; for other models, override
-    :meth:`regression`.
+    The model must return a :class:`~d2v_composer.objectives.objective.Regression`, or a dict whose first value is one;
+    for other models, override :meth:`regression`.
 
     Args:
         interval: Time between measurements, a Composer time string.
@@ -84,12 +83,12 @@ class Health(Callback):
             batch: The microbatch, on the model's device.
 
         Raises:
-            TypeError: The outputs are neither a Regression nor Outputs.
+            TypeError: The outputs are neither a Regression nor a dict of regressions.
         """
-        if isinstance(outputs, Outputs):
-            outputs = next(iter(outputs.regressions.values()))
+        if isinstance(outputs, Mapping):
+            outputs = next(iter(outputs.values()), None)
         if not isinstance(outputs, Regression):
-            raise TypeError(f"Health: the model must return a Regression or Outputs, got {type(outputs).__name__}")
+            raise TypeError(f"Health: the model must return one Regression or several, got {type(outputs).__name__}")
         return outputs
 
     def after_forward(self, state: State, logger: Logger) -> None:

@@ -13,13 +13,11 @@ class OnResume(Enum):
     """The resume is refused."""
     FIXED_IF_COMPARED = auto()
     """The resume is refused if the loss compares the inputs of a microbatch with each other."""
-    NEW_TARGETS = auto()
-    """The run goes on, and computes the stored targets of fixed views again."""
     NEW_RESULT = auto()
     """The run goes on, unless ``d2v distill`` started it: then the resume is refused."""
 
 
-FIXED, FIXED_IF_COMPARED, NEW_TARGETS, NEW_RESULT = OnResume
+FIXED, FIXED_IF_COMPARED, NEW_RESULT = OnResume
 
 
 def keys_marked(section: BaseModel, mark: OnResume) -> Iterator[str]:

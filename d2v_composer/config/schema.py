@@ -9,7 +9,7 @@ from typing_extensions import Self
 
 from d2v_composer.config.choices import CALLBACKS, LOGGERS, OPTIMIZERS, about
 from d2v_composer.config.reference import ModelReference, TimmSizes
-from d2v_composer.config.resume import FIXED, FIXED_IF_COMPARED, NEW_RESULT, NEW_TARGETS
+from d2v_composer.config.resume import FIXED, FIXED_IF_COMPARED, NEW_RESULT
 from d2v_composer.config.types import (
     IS_MODE,
     IS_TEACHER,
@@ -166,15 +166,11 @@ class ShardLoaderConfig(LoaderConfig):
     """Largest size of the cache of a remote data set, as a number of bytes or as text such as '100gb'; null: no
     limit."""
 
-    @property
-    def needs_samples_of_a_node(self) -> bool:
-        """True if a node must read the same samples in every epoch."""
-        return self.remote is not None  # a node caches its shards
-
     def faults(self, batch_size: int) -> Iterator[str]:
         if batch_size % (parts := self.num_canonical_nodes):  # each part gives whole samples to a batch
             yield f".num_canonical_nodes: must divide global_train_batch_size {batch_size}, got {parts}"
-        if self.needs_samples_of_a_node and parts % (nodes := num_nodes()):
+        # A node caches its shards, so it must read the same samples in every epoch.
+        if self.remote is not None and parts % (nodes := num_nodes()):
             yield f".num_canonical_nodes: must be divisible by the number of nodes, {nodes}; got {parts}"
 
 
@@ -185,13 +181,6 @@ class TrainLoaderConfig(ShardLoaderConfig):
     """Folder of the MDS data set; with ``remote``, folder of its cache."""
     column: Annotated[Text | None, FIXED] = None
     """Name of the column that holds the samples; null: ``image`` or ``audio``."""
-    views: Annotated[Count | None, FIXED] = None
-    """Number of fixed views (crops and flips) of each image, which the epochs use in turn; null: new views in every
-    epoch. Targets of fixed views are stored in ``save_folder`` until the end of the run. Must be null for audio."""
-
-    @property
-    def needs_samples_of_a_node(self) -> bool:
-        return super().needs_samples_of_a_node or self.views is not None  # a node stores its targets
 
     def find_missing_data(self) -> str | None:
         """Return '.key: problem' if ``local`` has no MDS data set and ``remote`` is ``None``; otherwise ``None``."""
@@ -345,7 +334,7 @@ class TrainerConfig(RunConfig):
     precision: Annotated[SupportedPrecision, NEW_RESULT] = "amp_fp16"
     """``fp32``, ``amp_bf16``, ``amp_fp16`` (only on a GPU), or ``auto``. ``auto`` is amp_bf16 on a GPU with bfloat16
     and on a CPU with AVX512-BF16, amp_fp16 on any other GPU, and fp32 on any other CPU."""
-    allow_tf32: Annotated[bool, NEW_TARGETS] = True
+    allow_tf32: bool = True
     """Let a GPU compute float32 matrix products and convolutions in TF32, which is faster and less precise."""
     max_duration: Annotated[Duration, NEW_RESULT] = "30000ba"
     """Length of the run, in batches or epochs."""
@@ -374,7 +363,7 @@ class TrainerConfig(RunConfig):
     """Number of newest checkpoints to keep; -1: keep all checkpoints."""
     autoresume: bool = True
     """Resume from the newest checkpoint in ``save_folder``. false: refuse a ``save_folder`` that has checkpoints."""
-    load_path: Annotated[Annotated[PathText, checked(check_file)] | None, NEW_TARGETS] = None
+    load_path: Annotated[PathText, checked(check_file)] | None = None
     """Checkpoint to resume from if ``save_folder`` has no checkpoint."""
     load_weights_only: bool = False
     """Take only the weights from ``load_path``, and start a new run from them."""
@@ -408,7 +397,7 @@ class TrainConfig(TrainerConfig):
     """Fields of ``d2v train``, ``d2v distill`` and recipes/train.py."""
 
     moved = {"prediction": "objectives.tokens.prediction", "targets": "objectives.tokens"}
-    compile: Annotated[Any, IS_MODE, NEW_TARGETS] = False
+    compile: Annotated[Any, IS_MODE] = False
     """true: use torch.compile and, on a GPU, CUDA graphs where possible. ``default`` or
     ``max-autotune-no-cudagraphs``: use this mode of torch.compile, without CUDA graphs."""
     activation_checkpointing: bool = False
@@ -428,8 +417,6 @@ class TrainConfig(TrainerConfig):
         measures_top1 = any(self.retrieval.datasets.values()) and 1 in self.retrieval.ks
         if self.save_best and (self.save_folder is None or not measures_top1):
             yield ".save_best: must be false unless save_folder and retrieval.datasets are set and retrieval.ks has a 1"
-        if self.train_loader.views is not None and self.save_folder is None:
-            yield ".train_loader.views: must be null without a save_folder"
 
 
 class LayerwiseOptimizerConfig(OptimizerConfig):

@@ -1,15 +1,15 @@
 """The model that Composer trains: a student and its objectives.
 
-Shapes: B inputs, L samples of a waveform, W values in all targets of an input.
+Shapes: B inputs, L samples of a waveform.
 """
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, TypeGuard, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from composer.models import ComposerModel
-from torch import Tensor, cat
+from torch import Tensor
 
 from d2v_composer.models.backbone import (
     Backbone,
@@ -23,15 +23,10 @@ from d2v_composer.models.encoder import Inputs, Tokens, count_flop
 from d2v_composer.models.precision import cpu_autocast
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.objectives import build_objectives
-from d2v_composer.objectives.objective import Outputs, Regression
+from d2v_composer.objectives.objective import Regression
 
 Batch = Tensor | Mapping[str, Tensor]
 EmbeddingT = TypeVar("EmbeddingT")
-
-
-def has_targets(batch: Batch) -> TypeGuard[Mapping[str, Tensor]]:
-    """Return True if a batch has the targets of its inputs."""
-    return isinstance(batch, Mapping) and "targets" in batch
 
 
 class DistillationModel(ComposerModel):
@@ -56,21 +51,17 @@ class DistillationModel(ComposerModel):
 
     A batch is a tensor of inputs, or a dict with the tensor as ``image`` or ``audio``. Images are (B, 3, height,
     width), uint8 or normalized float; audio is (B, L) float. If clips are padded, the dict also has ``lengths``, (B,)
-    int64. With ``keeps_targets``, the dict may have ``targets``, (B, W) float16: the ``kept_targets`` of an earlier
-    step with the same inputs. Then the teacher does not run.
+    int64.
 
     Args:
         teacher: The frozen teacher.
         student: The student, which may share the teacher's encoder.
         objectives: Name of each objective → its section in a YAML; default: ``tokens`` alone.
         cpu_bf16: Compute in bfloat16 autocast on a CPU.
-        keeps_targets: Let ``forward`` return ``kept_targets``, and round all targets to float16.
 
     Attributes:
         flop: Operator → number of its operations in a step with one input; see
             :func:`~d2v_composer.models.encoder.count_flop`.
-        teacher_flop: Number of operations that an input's kept targets save; 0 without ``keeps_targets``.
-        target_shapes: Objective → shape of an input's target; empty without ``keeps_targets``.
 
     Raises:
         InputError: An option of an objective is unknown, or has a value that is not allowed with these models.
@@ -87,15 +78,12 @@ class DistillationModel(ComposerModel):
         student: Backbone,
         objectives: Mapping[str, object] = {"tokens": {}},
         cpu_bf16: bool = False,
-        keeps_targets: bool = False,
     ) -> None:
         super().__init__()
         self.teacher: Any = teacher  # an instance of the given class
         self.student: Any = student
-        self.cpu_bf16, self.keeps_targets = cpu_bf16, keeps_targets
+        self.cpu_bf16 = cpu_bf16
         self.objectives: Any = build_objectives(objectives, teacher, student)  # torch's type forgets their class
-        self.target_shapes: dict[str, torch.Size] = {}
-        self.teacher_flop = self._try_teacher() if keeps_targets else 0
         self.flop = count_flop(student, self._freeze_unused)  # which takes a step with one input
         # Frozen, and equal on all ranks: DDP would broadcast them before every forward pass.
         frozen = frozen_prefixes(self)
@@ -106,55 +94,26 @@ class DistillationModel(ComposerModel):
         self.register_load_state_dict_post_hook(expect_no_frozen_tensors)
 
     def _freeze_unused(self) -> None:
-        freeze_unused_parameters(self, self.losses(self(self.student.encoder.example(1)).regressions)["total"])
-
-    @torch.no_grad()
-    def _try_teacher(self) -> int:
-        """Record the shapes of one input's targets, and return the number of operations that compute the targets.
-
-        The operations of an encoder that the student shares are left out.
-        """
-        encoder = self.teacher.encoder
-        encode = partial(encoder, Inputs(encoder.example(1)))
-        tokens = encode()
-        self.target_shapes = {name: target.shape[1:] for name, target in self.targets_of(tokens).items()}
-        flop = sum(count_flop(self.teacher, partial(self.targets_of, tokens)).values())
-        return flop if self.student.encoder is encoder else flop + sum(count_flop(encoder, encode).values())
+        freeze_unused_parameters(self, self.losses(self(self.student.encoder.example(1)))["total"])
 
     @property
     def compares_microbatches(self) -> bool:
         """True if the loss depends on which inputs are in the same microbatch."""
         return any(objective.compares == "microbatch" for objective in self.objectives.values())
 
-    def forward(self, batch: Batch) -> Outputs:
+    def forward(self, batch: Batch) -> dict[str, Regression]:
         """Compute the regression of each objective from a batch."""
         with cpu_autocast(self.cpu_bf16):
             inputs = self.inputs_of(batch)
-            tokens = kept = None
-            if has_targets(batch):
-                targets = self.split_targets(batch["targets"])
-            else:
-                tokens, targets = self.frozen_pass(inputs)
-                if self.keeps_targets:
-                    kept = cat([target.flatten(1) for target in targets.values()], dim=1).half()
-                    targets = self.split_targets(kept)
+            tokens, targets = self.frozen_pass(inputs)
             features = self.student.features(self.student.encoder(inputs) if tokens is None else tokens)
             features = features.for_readers(len(targets))
-            regressions = {
-                name: objective.regression(features, targets[name]) for name, objective in self.objectives.items()
-            }
-        return Outputs(regressions, kept)
+            return {name: objective.regression(features, targets[name]) for name, objective in self.objectives.items()}
 
     def inputs_of(self, batch: Batch) -> Inputs:
         if isinstance(batch, Tensor):
             return Inputs(batch)
         return Inputs(batch[self.student.encoder.config.modality], batch.get("lengths"))
-
-    def split_targets(self, kept: Tensor) -> dict[str, Tensor]:
-        """Return the target of each objective, float32, from ``kept_targets``, (B, W)."""
-        parts = kept.float().split([shape.numel() for shape in self.target_shapes.values()], dim=1)
-        shapes = self.target_shapes.items()
-        return {name: part.unflatten(1, shape) for (name, shape), part in zip(shapes, parts, strict=True)}
 
     @torch.no_grad()
     def frozen_pass(self, inputs: Inputs) -> tuple[Tokens | None, dict[str, Tensor]]:
@@ -167,10 +126,11 @@ class DistillationModel(ComposerModel):
         features = self.teacher.features(tokens).for_readers(len(self.objectives))
         return {name: objective.target(features) for name, objective in self.objectives.items()}
 
-    def loss(self, outputs: Outputs, batch: Batch) -> Any:  # Composer takes a dict, too, but its type does not say so
+    # Composer takes a dict, too, but its type does not say so.
+    def loss(self, outputs: dict[str, Regression], batch: Batch) -> Any:
         """Return the loss, a scalar; for several objectives, return the result of :meth:`losses`."""
-        losses = self.losses(outputs.regressions)
-        return losses if len(outputs.regressions) > 1 else losses["total"]
+        losses = self.losses(outputs)
+        return losses if len(outputs) > 1 else losses["total"]
 
     def losses(self, regressions: dict[str, Regression]) -> dict[str, Tensor]:
         """Return each objective's loss by name, and the weighted sum of all losses as ``total``."""
@@ -195,7 +155,7 @@ class DistillationModel(ComposerModel):
         length = encoder.num_tokens(inputs.shape[1:]) / encoder.num_tokens()
         attention = self.flop.get(torch.ops.aten.bmm, 0)
         flop = (sum(self.flop.values()) - attention) * length + attention * length**2
-        return round((flop - has_targets(batch) * self.teacher_flop) * len(inputs))
+        return round(flop * len(inputs))
 
     def retrieval_baselines(self) -> dict[str, Callable[..., dict[str, Tensor]]]:
         """Return ``teacher`` → a function that computes the teacher's embeddings of a batch."""

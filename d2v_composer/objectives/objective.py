@@ -1,6 +1,6 @@
 """The base of objectives, which are terms of the loss.
 
-Shapes: B inputs, T tokens, N patches or frames, D channels of the target, W values in all targets of an input.
+Shapes: B inputs, T tokens, N patches or frames, D channels of the target.
 """
 
 from abc import ABC, abstractmethod
@@ -37,16 +37,6 @@ class Regression(NamedTuple):
     """Prediction of CLS, (B, D), if the loss compares it with the target's mean over the tokens; else ``None``."""
     padding_mask: Tensor | None = None
     """Mask of the predicted tokens, (B, T) or (B, N) bool, true for padding; ``None`` if no token is padding."""
-
-
-class Outputs(NamedTuple):
-    """Result of the model's ``forward`` for a microbatch."""
-
-    regressions: dict[str, Regression]
-    """Name of each objective → its regression."""
-    kept_targets: Tensor | None = None
-    """Targets of all objectives, flattened and concatenated, (B, W) float16; ``None`` if the batch had targets, or if
-    the model does not keep targets."""
 
 
 class Objective(nn.Module, ABC):

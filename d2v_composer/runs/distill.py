@@ -12,12 +12,9 @@ from torch.utils.data import DataLoader, Subset
 
 from d2v_composer.callbacks.alignment import AlignStudent
 from d2v_composer.callbacks.checkpointing import Stop
-from d2v_composer.callbacks.kept_targets import KeptTargets
-from d2v_composer.callbacks.run_record import IDENTITIES
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.checkpoints.model_file import sizes_of
-from d2v_composer.config.resume import FIXED, NEW_TARGETS, keys_marked
 from d2v_composer.config.schema import TeacherSection, TrainConfig
 from d2v_composer.data import build_augmentation, modality_of
 from d2v_composer.data.modality import Samples
@@ -26,8 +23,8 @@ from d2v_composer.evaluation.evaluate import cost, share_encoders
 from d2v_composer.evaluation.rows import STUDENT, TEACHER
 from d2v_composer.models.alignment import MIN_PAIRS
 from d2v_composer.models.names import DATA2VEC2, EMBEDDING
-from d2v_composer.models.precision import choose_precision, name_precision
-from d2v_composer.models.provenance import Record, value_at
+from d2v_composer.models.precision import choose_precision
+from d2v_composer.models.provenance import Record
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.objectives.compilation import check_compiler, compile_model
 from d2v_composer.objectives.distillation import DistillationModel
@@ -101,7 +98,7 @@ def train_student(
         data.loader,
         {"teacher": model.teacher.provenance, "student": student, "data": data.about, "costs": costs},
         compares_microbatches=model.compares_microbatches,
-        run_callbacks=[callback for callback in (data.kept, align, retrieval) if callback is not None],
+        run_callbacks=[callback for callback in (align, retrieval) if callback is not None],
         callbacks=callbacks,
         algorithms=algorithms,
         loggers=loggers,
@@ -111,8 +108,6 @@ def train_student(
     )
     when_built(trainer)
     header = {modality.unit: data.shown}
-    if (kept := data.kept) is not None:
-        header["targets"] = f"views: {config.train_loader.views}, {kept.num_bytes / 1e6:,.0f} MB in {kept.path}"
     fitted = model.teacher.embedding._replace(made_by="alignment")
     header["embedding"] = str(model.student.embedding if align is None else fitted)
     if retrieval is not None:
@@ -134,8 +129,6 @@ class TrainingData(NamedTuple):
     """The training data of a run."""
 
     loader: DataLoader[object]
-    kept: KeptTargets | None
-    """The callback that keeps the teacher's targets on disk; ``None``: no targets are kept."""
     alignment_samples: Samples | None
     """The samples to which the student's alignment is fitted; ``None``: no alignment is fitted."""
     about: Record
@@ -154,18 +147,14 @@ def build_data(
     """
     modality, loader = modality_of(model.teacher.config), config.train_loader
     if given is not None:
-        if loader.views is not None:
-            raise InputError("train_loader.views: must be null if train_dataloader is given")
         shown = f"from train_dataloader{'' if samples is not None else '; no alignment without alignment_samples'}"
-        return TrainingData(given, None, samples, {"modality": modality.name}, shown)
+        return TrainingData(given, samples, {"modality": modality.name}, shown)
     index = read_train_index(loader, modality, config.global_train_batch_size)
-    kept = build_kept_targets(config, model, index)
-    collated = {} if kept is None else {"collate": kept.collate, "extra_bytes": kept.row_bytes}
-    built = build_train_loader(config, loader, index, is_compiled=config.compile is not False, **collated)
+    built = build_train_loader(config, loader, index, is_compiled=config.compile is not False)
     shown = (
         f"{len(index):,} in {index.source}{'' if index.has_hashes else ', checked by size, as the index has no hashes'}"
     )
-    return TrainingData(built, kept, open_alignment_samples(config, index), index.describe(), shown)
+    return TrainingData(built, open_alignment_samples(config, index), index.describe(), shown)
 
 
 def build_model(config: TrainConfig, teacher: Teacher | None = None) -> DistillationModel:
@@ -177,9 +166,6 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
     with node_leaders_first("the teacher"):
         teacher = teacher or build_teacher(config)
     set_teachers_embedding(config, teacher)
-    modality = modality_of(teacher.config)
-    if config.train_loader.views is not None and modality.has_lengths:
-        raise InputError(f"train_loader.views: must be null, because the teacher takes {modality.unit}")
     check_compiler(config.compile)
     with errors_of("student"):
         normalization = config.objectives.tokens.model_dump(include={"normalization", "final_layer_norm"})
@@ -192,7 +178,6 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
             student,
             objectives=dict(config.objectives),
             cpu_bf16=choose_precision(config.precision).cpu_bf16,
-            keeps_targets=config.train_loader.views is not None,
         )
     if model.compares_microbatches and config.device_train_microbatch_size == "auto":
         raise InputError(
@@ -228,23 +213,6 @@ def build_teacher(config: TrainConfig) -> Teacher:
     except InputError as error:
         key = "teacher." if str(error).startswith(tuple(TeacherSection.model_fields)) else "teacher.checkpoint: "
         raise InputError(f"{key}{error}") from error
-
-
-def build_kept_targets(config: TrainConfig, model: DistillationModel, index: Index) -> KeptTargets | None:
-    """Build the callback that keeps targets on disk; ``None`` if ``train_loader.views`` or ``save_folder`` is null."""
-    loader, folder = config.train_loader, config.run_folder
-    if loader.views is None or folder is None:
-        return None
-    width = sum(shape.numel() for shape in model.target_shapes.values())
-    record = {
-        "config": config.model_dump(mode="json"),
-        "teacher": model.teacher.provenance,
-        "data": index.describe(),
-        "precision": name_precision(config.precision),
-    }
-    fields = [f"config.{key}" for mark in (FIXED, NEW_TARGETS) for key in keys_marked(config, mark)]
-    made_from = {key: value_at(record, key) for key in (*fields, *IDENTITIES, "precision")}
-    return KeptTargets(folder.local / "targets.f16", len(index), loader.views, width, made_from)
 
 
 def set_teachers_embedding(config: TrainConfig, teacher: Teacher) -> None:

@@ -53,7 +53,7 @@ class BoxedSamples(OrderedSamples):
         Raises:
             InputError: The image cannot be decoded, or does not have the size in the annotations.
         """
-        view, number = (0, sample) if isinstance(sample, int) else (sample.view, sample.sample_id)
+        epoch, number = (0, sample) if isinstance(sample, int) else (sample.epoch, sample.sample_id)
         source, path = self.source, self.source.folder / self.source.names[number]
         with reading(path):
             stored = path.read_bytes()
@@ -66,7 +66,7 @@ class BoxedSamples(OrderedSamples):
         pixels = resized_crop(image, shape, self.interpolation)
         its = slice(source.first[number], source.first[number + 1])
         boxes = torch.from_numpy(source.boxes[its]) * torch.tensor([shape[1] / width, shape[0] / height]).repeat(2)
-        if not isinstance(sample, int) and sample_rng(self.seed, view, number).random() < self.flip:
+        if not isinstance(sample, int) and sample_rng(self.seed, epoch, number).random() < self.flip:
             pixels = pixels.flip(-1)
             boxes = torch.stack([shape[1] - boxes[:, 2], boxes[:, 1], shape[1] - boxes[:, 0], boxes[:, 3]], dim=1)
         pixels = pad(pixels, (0, self.size[1] - shape[1], 0, self.size[0] - shape[0]))

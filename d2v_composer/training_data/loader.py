@@ -2,7 +2,6 @@
 
 import math
 import shutil
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +27,7 @@ HANGING_SECONDS = 300
 # Time for a store to answer at the start, if the data set's index is not in the cache.
 START_SECONDS = 60.0
 # Fields of the section that are StreamingSamples' arguments.
-PASSED_ON = {"shuffle", "shuffle_block_size", "num_canonical_nodes", "views", "cache_limit", "timeout"}
+PASSED_ON = {"shuffle", "shuffle_block_size", "num_canonical_nodes", "cache_limit", "timeout"}
 # Shared memory, on Linux. The queues and events of one worker are semaphores, of a page each.
 SHARED_MEMORY, SEMAPHORES, PAGE = Path("/dev/shm"), 16, 4096
 
@@ -70,8 +69,6 @@ def build_train_loader(
     *,
     num_classes: int = 1,
     is_compiled: bool = False,
-    collate: Callable[..., object] | None = None,
-    extra_bytes: int = 0,
 ) -> DataLoader:
     """Build this rank's loader of augmented training samples, with labels if the index has labels.
 
@@ -83,8 +80,6 @@ def build_train_loader(
         index: The samples.
         num_classes: Number of classes, if the index has labels.
         is_compiled: True if the model is compiled; the batches of clips then have at most 16 different lengths.
-        collate: Function that makes a batch of images; default: torch's.
-        extra_bytes: Number of bytes that ``collate`` adds to each image.
 
     Raises:
         InputError: An option of another modality is set, the node has too little disk space or shared memory, or the
@@ -98,8 +93,8 @@ def build_train_loader(
         advice = "set train_loader.cache_limit"
         room = check_room(index.folder, "the shards", sum(sizes.values()), stored, advice, loader.cache_limit)
         raise_on_all_ranks(room)
-    check_memory(loader, batch_size, transform.sample_bytes + extra_bytes)
-    options = loader.model_dump(include=PASSED_ON)
+    check_memory(loader, batch_size, transform.sample_bytes)
+    options, collate = loader.model_dump(include=PASSED_ON), None
     if index.lengths is not None and transform.longest is not None:
         options["lengths"] = np.minimum(index.lengths, transform.longest)
         sizes = padded_sizes(options["lengths"]) if is_compiled else []

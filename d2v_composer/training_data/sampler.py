@@ -30,8 +30,7 @@ OPENING = 32
 class Sample(NamedTuple):
     """A request for one sample."""
 
-    view: int
-    """Index of the view: the epoch or, with K fixed views, the epoch modulo K."""
+    epoch: int
     sample_id: int
     ahead: tuple[int, ...]
     """Indices of the shards to fetch in advance."""
@@ -50,7 +49,6 @@ class EpochOrder(DistributedSampler[Sample]):
         shuffle_block_size: Approximate number of samples that are mixed with each other.
         num_canonical_nodes: Number of equal parts into which the order is cut.
         epoch_size: Number of samples in an epoch, divisible by ``num_canonical_nodes``; default: all samples.
-        views: Number of fixed views of each sample, which the epochs use in turn; ``None``: new views in each epoch.
         lengths: Length of each augmented sample, (N,); ``None`` if all samples have one size.
         global_batch_size: Batch size of all ranks together; used only with ``lengths``.
     """
@@ -64,7 +62,6 @@ class EpochOrder(DistributedSampler[Sample]):
         shuffle_block_size: int = 1 << 16,
         num_canonical_nodes: int = 1,
         epoch_size: int | None = None,
-        views: int | None = None,
         lengths: Int64Array | None = None,
         global_batch_size: int = 1,
     ) -> None:
@@ -72,7 +69,7 @@ class EpochOrder(DistributedSampler[Sample]):
         num_samples = int(shard_sizes.sum())
         super().__init__(range(num_samples), num_replicas=1, rank=0)  # pyright: ignore[reportArgumentType]
         self.shard_sizes, self.num_canonical_nodes = shard_sizes, num_canonical_nodes
-        self.epoch_size, self.views = epoch_size or num_samples, views
+        self.epoch_size = epoch_size or num_samples
         self.shuffle, self.seed, self.shuffle_block_size = shuffle, seed, shuffle_block_size
         self.lengths, self.global_batch_size = lengths, global_batch_size
         self.resume(0, 0)
@@ -90,7 +87,7 @@ class EpochOrder(DistributedSampler[Sample]):
         self._is_begun = True
         ids = self.samples_of_rank(self.current_epoch, self._first_sample, World.detect())
         shards = np.searchsorted(self.shard_sizes.cumsum(), ids, side="right")
-        return self._with_shards_ahead(self._view_of(self.current_epoch), ids.tolist(), shards.tolist())
+        return self._with_shards_ahead(self.current_epoch, ids.tolist(), shards.tolist())
 
     def samples_of_rank(self, epoch: int, first_sample: int, world: World) -> Int64Array:
         """Return the indices of a rank's samples in an epoch, without the epoch's first ``first_sample`` samples."""
@@ -99,10 +96,9 @@ class EpochOrder(DistributedSampler[Sample]):
 
     def draw(self, epoch: int) -> Int64Array:
         """Return the indices of an epoch's samples, (``epoch_size``,), of all ranks, in the order of training."""
-        view = self._view_of(epoch)
-        sizes, rng = self.shard_sizes, np.random.default_rng(self.seed + view)
+        sizes, rng = self.shard_sizes, np.random.default_rng(self.seed + epoch)
         # Without shuffle, all epochs leave the same samples out.
-        counts = get_sampling(sizes, self.epoch_size, 1, self.seed, view, self.shuffle)
+        counts = get_sampling(sizes, self.epoch_size, 1, self.seed, epoch, self.shuffle)
         parts = [
             begin + (np.arange(count) if count in (0, size) else np.sort(rng.choice(size, count, replace=False)))
             for begin, size, count in zip(sizes.cumsum() - sizes, sizes, counts, strict=True)
@@ -114,9 +110,6 @@ class EpochOrder(DistributedSampler[Sample]):
         if self.shuffle and self.lengths is not None:
             order = self._by_length(order, self.lengths, epoch)
         return order.T.ravel()
-
-    def _view_of(self, epoch: int) -> int:
-        return epoch if self.views is None else epoch % self.views
 
     def _by_length(self, order: Int64Array, lengths: Int64Array, epoch: int) -> Int64Array:
         """Sort each canonical node's samples, (nodes, samples), by length in windows, and shuffle their batches."""
@@ -137,11 +130,11 @@ class EpochOrder(DistributedSampler[Sample]):
         self.current_epoch, self._first_sample, self._is_begun = epoch, sample_in_epoch, False
 
     @staticmethod
-    def _with_shards_ahead(view: int, ids: list[int], shards: list[int]) -> Iterator[Sample]:
+    def _with_shards_ahead(epoch: int, ids: list[int], shards: list[int]) -> Iterator[Sample]:
         begin = 0
         for i, sample_id in enumerate(ids):
             end = i + 1 + min(AHEAD, OPENING * (i + 1))
-            yield Sample(view, sample_id, tuple(dict.fromkeys(shards[begin:end])))
+            yield Sample(epoch, sample_id, tuple(dict.fromkeys(shards[begin:end])))
             begin = end
 
 
@@ -180,9 +173,9 @@ class OrderedSamples(Dataset[Any]):
 class StreamingSamples(OrderedSamples):
     """Augmented samples from a column of an MDS data set; ``DataLoader(dataset, sampler=dataset.order)`` reads epochs.
 
-    A sample is a dict with ``image``, (3, height, width) uint8, or ``audio``, (L,) float32; ``sample_id``, the
-    sample's index; and ``view``. If the index has labels, a sample is a tuple of the image or audio, and the label. The
-    augmentation depends only on the seed, the view and the sample's index.
+    A sample is a dict with ``image``, (3, height, width) uint8, or ``audio``, (L,) float32, and
+    ``sample_id``, the sample's index. If the index has labels, a sample is a tuple of the image or audio, and the
+    label. The augmentation depends only on the seed, the epoch and the sample's index.
 
     Args:
         index: Index of the data set, which names the columns to read.
@@ -226,13 +219,13 @@ class StreamingSamples(OrderedSamples):
             ShardError: The sample's shard cannot be fetched, or is corrupt.
             InputError: The sample cannot be decoded, or its label is out of range.
         """
-        view, sample_id, ahead = sample
+        epoch, sample_id, ahead = sample
         index, source = self.index, f"sample {sample_id} of {self.index.folder}"
         self.shards.fetch_ahead(ahead)
         stored = self.shards[sample_id]
-        values = self.transform(stored[index.column], sample_rng(self.seed, view, sample_id), source)
+        values = self.transform(stored[index.column], sample_rng(self.seed, epoch, sample_id), source)
         if index.labels is None:
-            return {index.modality.name: values, "sample_id": sample_id, "view": view}
+            return {index.modality.name: values, "sample_id": sample_id}
         label = whole_label(stored[index.labels], source)
         if not 0 <= label < self.num_classes:
             raise InputError(f"{source}: its label must be a number from 0 to {self.num_classes - 1}, got {label}")

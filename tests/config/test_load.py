@@ -139,12 +139,6 @@ CONTRADICTIONS = {
         "precision=amp_fp16",
     ): "precision: amp_fp16 needs a GPU, and this machine has none; on a CPU, set fp32, amp_bf16 or",
     ("device_train_microbatch_size=auto",): "device_train_microbatch_size: 'auto' needs a GPU",
-    ("train_loader.views=4",): "train_loader.num_canonical_nodes: must be divisible by the number of nodes, 3; got 1",
-    (
-        "train_loader.views=4",
-        "train_loader.num_canonical_nodes=3",
-        "save_folder=null",
-    ): "train_loader.views: must be null without a save_folder",
     ("save_best=true", "save_folder=null"): "save_best: must be false unless save_folder",
     ("save_best=true", "retrieval.datasets.cifar10=null"): "save_best: must be false unless save_folder",
     ("save_best=true", "retrieval.ks=[3]"): "save_best: must be false unless save_folder",

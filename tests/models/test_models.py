@@ -79,7 +79,7 @@ def test_every_trainable_parameter_gets_a_gradient(
 def test_dropped_extra_tokens_mirror_the_target(teacher: Data2Vec2) -> None:
     student = teacher.build_student(depth=2)
     model = DistillationModel(teacher, student, objectives={"tokens": {"extra_tokens": "drop"}})
-    regression = model(IMAGES).regressions["tokens"]
+    regression = model(IMAGES)["tokens"]
     x = teacher.encode(IMAGES)
     patches_only = norm_mean(layer[:, 1:] for layer in student.forward_blocks(x)[1])
     torch.testing.assert_close(regression.prediction, patches_only)
@@ -193,9 +193,7 @@ def test_a_narrow_student(teacher: Data2Vec2) -> None:
     assert widths == {20}
     torch.testing.assert_close(student.embed(IMAGES, "mean", "layer_mean"), norm_mean(layers).mean(1))
     head = model.objectives["tokens"].head
-    torch.testing.assert_close(
-        model(IMAGES).regressions["tokens"].prediction, norm_mean(head(layer) for layer in layers)
-    )
+    torch.testing.assert_close(model(IMAGES)["tokens"].prediction, norm_mean(head(layer) for layer in layers))
 
 
 def test_widths_of_a_student(teacher: Data2Vec2) -> None:

@@ -71,29 +71,10 @@ def test_the_cost_of_a_step_with_an_encoder_of_its_own(teacher: Any) -> None:
     assert model.flops_per_batch(IMAGES) == flops_of_a_step(model, IMAGES)
 
 
-@pytest.mark.parametrize("has_own_encoder", [False, True])
-def test_a_step_with_kept_targets_needs_no_teacher(teacher: Any, has_own_encoder: bool) -> None:
-    student = with_own_encoder(teacher) if has_own_encoder else teacher.build_student(depth=2)
-    model = DistillationModel(teacher, student, keeps_targets=True)
-    outputs = model(IMAGES)
-    batch = {"image": IMAGES, "targets": outputs.kept_targets}
-    calls = count_calls(teacher.blocks[0], teacher.encoder)
-    assert torch.equal(model.loss(model(batch), batch), model.loss(outputs, IMAGES))
-    assert calls == ({} if has_own_encoder else {teacher.encoder: 1})
-    assert model.flops_per_batch(batch) == flops_of_a_step(model, batch)
-    assert model.flops_per_batch(batch) < model.flops_per_batch(IMAGES)
-
-
-def with_two_objectives(**options: Any) -> DistillationModel:
+def with_two_objectives() -> DistillationModel:
     both = load_teacher(GOLDEN / "tiny_base.pt")
     objectives = {"tokens": {}, "embedding": {"weight": 0.5}}
-    return DistillationModel(both, both.build_student(depth=2), objectives=objectives, **options)
-
-
-def test_kept_targets_of_two_objectives() -> None:
-    model = with_two_objectives(keeps_targets=True)
-    batch = {"image": IMAGES, "targets": model(IMAGES).kept_targets}
-    assert torch.equal(total_loss(model, batch), total_loss(model, IMAGES))
+    return DistillationModel(both, both.build_student(depth=2), objectives=objectives)
 
 
 def test_the_share_of_cls(teacher: Any) -> None:
@@ -102,7 +83,7 @@ def test_the_share_of_cls(teacher: Any) -> None:
     student = teacher.build_student(depth=2)
     usual, same, half = (model_with(teacher, student, cls_weight=share) for share in (None, 1 / 17, 0.5))
     outputs = usual(IMAGES)
-    regression = outputs.regressions["tokens"]
+    regression = outputs["tokens"]
     errors_BT = (regression.prediction - regression.target).square().mean(dim=-1)
     assert errors_BT.shape[1] == 17
     torch.testing.assert_close(same.loss(outputs, IMAGES), usual.loss(outputs, IMAGES))
@@ -123,7 +104,7 @@ def test_the_embedding_of_data2vec() -> None:
     results = model(IMAGES)
     assert calls == dict.fromkeys(parts, 1)
     theirs, _ = teacher.forward_blocks(teacher.encode(IMAGES))
-    torch.testing.assert_close(results.regressions["embedding"].target, normalize(theirs[:, 0]))
+    torch.testing.assert_close(results["embedding"].target, normalize(theirs[:, 0]))
     tokens = DistillationModel(teacher, teacher.build_student(depth=2))
     tokens.student.load_state_dict(student.state_dict(), strict=False)
     cosines = (normalize(student.embed(IMAGES)) * normalize(teacher.embed(IMAGES))).sum(dim=1)
@@ -144,10 +125,10 @@ def test_a_narrower_student_learns_the_embedding_alone() -> None:
     assert student.alignment is not None
     expected = torch.nn.functional.linear(joined, student.alignment.weight, student.alignment.bias)
     torch.testing.assert_close(embeddings["embedding"], expected)
-    prediction, target, *_ = model(IMAGES).regressions["embedding"]
+    prediction, target, *_ = model(IMAGES)["embedding"]
     torch.testing.assert_close(normalize(prediction), normalize(expected))
     losses = train(model, IMAGES)
-    prediction, target, *_ = model(IMAGES).regressions["embedding"]
+    prediction, target, *_ = model(IMAGES)["embedding"]
     for length in (0.9, 1.1):  # the loss leaves it free, but Health compares with the target
         assert mse_loss(prediction, target) < mse_loss(length * prediction, target)
     assert losses[-1] < 0.5 * losses[0]
@@ -159,7 +140,7 @@ def test_the_embedding_of_sound_leaves_out_padding() -> None:
     teacher = load_teacher(GOLDEN / "audio_base.pt")
     model = model_with(teacher, teacher.build_student(depth=1), embedding=1.0)
     clips, lengths = torch.rand(2, 4000, generator=torch.Generator().manual_seed(1)) - 0.5, torch.tensor([4000, 2500])
-    target = model({"audio": clips, "lengths": lengths}).regressions["embedding"].target
+    target = model({"audio": clips, "lengths": lengths})["embedding"].target
     torch.testing.assert_close(target, normalize(teacher.embed(clips, "mean", lengths=lengths)))
     alone = normalize(teacher.embed(clips[1:, :2500], "mean"))
     torch.testing.assert_close(target[1:], alone, rtol=1e-3, atol=1e-4)

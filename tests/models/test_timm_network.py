@@ -118,7 +118,7 @@ def test_registers_are_left_out() -> None:
     kept = [torch.cat([layer[:, :1], layer[:, 5:]], dim=1) for layer in layers]
     expected = layer_norm(torch.stack([layer_norm(layer, (384,)) for layer in kept]).mean(dim=0), (384,))
     torch.testing.assert_close(targets["tokens"], expected)
-    assert model(pictures).regressions["tokens"].prediction.shape == expected.shape
+    assert model(pictures)["tokens"].prediction.shape == expected.shape
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])

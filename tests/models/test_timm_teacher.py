@@ -154,7 +154,7 @@ def test_registers_are_not_cls() -> None:
     with pytest.raises(InputError, match=r"this model has no .*_cls; it has output_mean"):
         student.choose_embedding("cls")
     model = DistillationModel(teacher, student, objectives={"tokens": {"extra_tokens": "drop"}})
-    regression = model(images).regressions["tokens"]
+    regression = model(images)["tokens"]
     assert regression.cls_prediction is None
     assert regression.prediction.shape == regression.target.shape == (2, 16, 48)
 
@@ -225,7 +225,7 @@ def test_its_image_embedding_is_timms(name: str, outputs: int) -> None:
     torch.manual_seed(0)
     student = teacher.build_student(depth=1)
     distillation = DistillationModel(teacher, student, objectives={"tokens": {}, "embedding": {"weight": 1.0}})
-    assert_equal_to_1e_5(distillation(images).regressions["embedding"].target, normalize(expected))
+    assert_equal_to_1e_5(distillation(images)["embedding"].target, normalize(expected))
     assert student.embed(images).shape == expected.shape
     train(distillation, images, steps=1)
     assert {name.split(".")[1] for name in distillation.state_dict()} == {"blocks", "alignment"}

@@ -171,7 +171,7 @@ def test_a_student_computes_the_references_numbers(golden: Golden) -> None:
     assert_same_numbers(output, arrays["student_out"])
     for i, ffn_output in enumerate(ffn_outputs):
         assert_same_numbers(ffn_output, arrays[f"student_ffn_{i}"])
-    assert_same_numbers(model(batch).regressions["tokens"].prediction, arrays["student_prediction"])
+    assert_same_numbers(model(batch)["tokens"].prediction, arrays["student_prediction"])
 
 
 def test_loss_and_gradients_are_the_references(golden: Golden) -> None:

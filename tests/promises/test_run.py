@@ -71,20 +71,6 @@ def test_a_killed_run_resumes_bit_for_bit(run: Run, uninterrupted: Path, tmp_pat
     assert_same_losses(together.losses, losses_of(uninterrupted), num_steps=14)
 
 
-@pytest.mark.slow
-def test_a_killed_run_of_fixed_views_resumes_bit_for_bit(run: Run, small_data: Path, tmp_path: Path) -> None:
-    """Promise 10: its file of targets has some from after the checkpoint, and up to two damaged ones."""
-    whole = Run(tmp_path / "whole", small_data, "train_loader.views=1")
-    whole.train()
-    run.train_until_killed("after_forward 3", "train_loader.views=1")
-    (targets,) = run.folder.glob("targets*")
-    targets.write_bytes(flip_bit(targets.read_bytes())[:-1])
-    run.train("train_loader.views=1")
-    assert not targets.exists()
-    assert_same_student(run.folder, whole.folder)
-    assert run.losses == whole.losses
-
-
 def test_a_run_whose_worker_is_killed_ends_and_resumes(run: Run, uninterrupted: Path) -> None:
     """Promises 10 and 18: the kernel kills a worker when memory is short."""
     program = run.start_until("pauses", ONE_WORKER, AT="batch_end 8 pause")
@@ -436,17 +422,6 @@ def test_a_pointer_that_is_a_loop_of_links_is_mended(uninterrupted: Path, small_
     (run.folder / "latest-rank0.pt").symlink_to("latest-rank0.pt")
     run.train()
     assert_same_student(run.folder, uninterrupted)
-
-
-@pytest.mark.parametrize("kind", ["folder", "device", "file"])
-def test_targets_that_are_no_file_of_the_run_are_refused(kind: str, run: Run, tmp_path: Path) -> None:
-    """Promises 7 and 18: nothing is written to what a link names."""
-    (tmp_path / "mine").write_bytes(b"mine")
-    write_files(run.folder, {".in_use": b"\nprocess 1 of another\n"})
-    targets = run.folder / "targets.f16"
-    targets.mkdir() if kind == "folder" else targets.symlink_to("/dev/zero" if kind == "device" else tmp_path / "mine")
-    assert f"{targets} is not a file of this run" in run.refused("train_loader.views=1")
-    assert (tmp_path / "mine").read_bytes() == b"mine"
 
 
 def test_a_callback_that_cannot_close_hides_no_error(run: Run) -> None:

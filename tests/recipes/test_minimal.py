@@ -40,8 +40,8 @@ def test_it_computes_what_the_package_computes() -> None:
     loss.backward()
     outputs = model(images)
     model.loss(outputs, images).backward()
-    assert_equal(target, outputs.regressions["tokens"].target)
-    assert_equal(prediction, outputs.regressions["tokens"].prediction)
+    assert_equal(target, outputs["tokens"].target)
+    assert_equal(prediction, outputs["tokens"].prediction)
     assert_equal(loss, model.loss(outputs, images))
     trained = [name for name, weight in model.student.named_parameters() if weight.requires_grad]
     assert len(trained) > 12 * (minimal.DEPTH - 1)

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from d2v_composer import load_config, train_student
-from d2v_composer.system.errors import InputError
 from helpers import map_of, run_command, small_run, succeed, train_command
 from steps import random_images
 
@@ -68,12 +67,6 @@ def test_without_samples_there_is_no_map(tmp_path: Path, capsys: pytest.CaptureF
     train(tmp_path / "run")
     assert "from train_dataloader; no alignment without alignment_samples" in capsys.readouterr().out
     assert map_of(tmp_path / "run") == {}
-
-
-def test_fixed_views_need_the_runs_own_loader(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"train_loader\.views: must be null if train_dataloader is given"):
-        train(tmp_path / "run", "train_loader.views=2")
-    assert not (tmp_path / "run").exists()
 
 
 # Runs a program in an environment where packages are installed.

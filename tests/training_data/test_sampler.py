@@ -61,7 +61,7 @@ def test_the_order_is_streamings(many_shards: Path, shuffle: bool) -> None:
     ours = open_images(many_shards, seed=SEED, **options)
     for epoch in range(3):
         samples = list(ours.order)
-        assert {sample.view for sample in samples} == {epoch}
+        assert {sample.epoch for sample in samples} == {epoch}
         images = [ours.shards[sample.sample_id]["image"] for sample in samples]
         assert images == [sample["image"] for sample in theirs]
 

@@ -43,11 +43,6 @@ python recipes/ablations.py yamls/ablations/data2vec2 --rows "CLS half of the lo
 python recipes/ablations.py yamls/ablations/timm --rows "CLS half of the loss" max_duration=400ba scheduler.t_warmup=0.1dur \
     teacher.checkpoint=FILE
 
-# views.csv: float32 on one core of an Intel Xeon without AMX. The arguments are the file, the views, the seed and the
-# batches; 691 batches with four views take the time of 560 with new ones.
-python tests/makers/views_study.py views.csv null 17 560
-python tests/makers/views_study.py views.csv 4 17 691
-
 # audio.csv: bfloat16 on 2 cores of an Intel Xeon. DEBS has the packages that the docstring of prepare_speech.py names.
 python tests/makers/prepare_speech.py DEBS speech
 d2v convert-audio speech/long/train datasets/speech/long_train --labels none
