@@ -11,18 +11,11 @@ import struct
 import subprocess
 import sys
 import termios
-import time
-from collections.abc import Mapping
 from contextlib import suppress
-from functools import reduce
-from operator import getitem
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 import torch
-import yaml
-from mutations import VALUES, Mutation, mutations
 from torch.utils.data import DataLoader, TensorDataset
 
 from d2v_composer import ZeroShotRetrieval, load_labeled_set, retrieval_accuracy
@@ -38,7 +31,6 @@ from helpers import (
     refused_run,
     run_command,
     run_training,
-    slow,
     small_run,
     start_python,
     succeed,
@@ -279,119 +271,6 @@ def test_wrong_kinds_of_files_are_one_line(wrong: dict[str, Path], small_data: P
     assert not problems, "\n".join(problems)
     assert not (tmp_path / "missing").exists()
     assert not (tmp_path / "new").exists()
-
-
-class Recipe(NamedTuple):
-    """A YAML and its command."""
-
-    yaml: str
-    command: tuple[str | Path, ...]
-    changes: Mapping[str, Any]
-    """Dotted keys that make it run on a CPU."""
-
-
-SMALL_RUN = {"precision": "fp32", "max_duration": "3ba", "global_train_batch_size": 16, "save_interval": "2ba"}
-SMALL_RUN |= {"train_loader.num_workers": 0, "report": False}
-TRAIN = SMALL_RUN | {"compile": False, "device_train_microbatch_size": 8, "device_eval_batch_size": 64}
-TRAIN |= {"teacher.checkpoint": str(TEACHER), "scheduler.t_warmup": "2ba", "retrieval.interval": "2ba"}
-FINETUNE = {"model": str(TEACHER), "eval_interval": "2ba"}
-TRAINING, D2V_MODULE = (ROOT / "recipes" / "train.py",), ROOT / "d2v_composer" / "commands" / "__main__.py"
-RUNS = {
-    "quickstart": Recipe("quickstart.yaml", TRAINING, TRAIN),
-    "distill": Recipe("distill.yaml", TRAINING, TRAIN),
-    "evaluate": Recipe("evaluate.yaml", (D2V_MODULE, "evaluate"), {"model": str(TEACHER), "ks": [1, 3]}),
-    "finetune": Recipe("finetune.yaml", (ROOT / "recipes" / "finetune.py",), SMALL_RUN | FINETUNE),
-}
-# With little memory, so that a huge value cannot take the machine's; and without a compiler's minutes.
-LIMITED = """
-import resource, runpy, sys, torch
-resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))
-torch.compiler.set_stance("force_eager")
-del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-RUN_SECONDS = 60
-
-
-def small_config(recipe: Recipe, labeled: Path, save_folder: Path) -> dict[str, Any]:
-    """Return the recipe's YAML, small enough for a run of seconds."""
-    path = ROOT / "yamls" / recipe.yaml
-    text = re.sub(r"\$\{here:([^}]*)\}", lambda match: str(path.parent / match[1]), path.read_text())
-    config: dict[str, Any] = yaml.safe_load(text)
-    changes = dict(recipe.changes)
-    if "max_duration" in changes:
-        changes["save_folder"] = str(save_folder)
-    if recipe.command == TRAINING:
-        changes["train_loader.local"] = str(labeled / "train")
-    for key, value in changes.items():
-        *sections, name = key.split(".")
-        section = reduce(lambda section, name: section.setdefault(name, {}), sections, config)
-        section[name] = value
-    datasets = config.get("retrieval", config).get("datasets", config)
-    for name in ["dataset"] if datasets is config else list(datasets):
-        datasets[name] = {"format": "mds", "root": str(labeled), "download": False}
-    return config
-
-
-def means(setting: Any, written: Any) -> bool:
-    """Return True if a config has the values of the YAML; other fields of a section have their defaults."""
-    if isinstance(written, Mapping):
-        return all(name in setting and means(setting[name], value) for name, value in written.items())
-    if isinstance(setting, bool) or isinstance(written, bool):
-        return setting is written
-    if isinstance(setting, int | float):
-        return setting in (written, float(written))
-    return setting == written or str(setting) == str(written)
-
-
-def try_out(recipe: Recipe, mutation: Mutation, folder: Path, run: Path) -> str | None:
-    """Run a recipe with a mutated YAML, and return what is wrong with its outcome."""
-    folder.mkdir()
-    (folder / "mutated.yaml").write_text(mutation.text)
-    program = start_python("-c", LIMITED, *recipe.command, folder / "mutated.yaml", cwd=folder)
-    deadline = time.monotonic() + RUN_SECONDS
-    while (status := program.poll()) is None and time.monotonic() < deadline:
-        if mutation.path == ("max_duration",) and "loss" in program.stderr:
-            break  # it is long
-        time.sleep(0.02)
-    program.kill()
-    lines = (program.stdout + program.stderr).splitlines()
-    last = lines[-1] if lines else ""
-    if "Traceback" in program.stderr:
-        return f"a traceback: {last}"
-    if status == 2:
-        return None if last.startswith("error: ") and not run.exists() else f"left something, or no error: {last}"
-    if status == 1:
-        return None if "finite" in last or "loss" in last else last
-    if status is None:
-        return None if any("loss" in line for line in lines) else f"hangs: {last}"
-    if mutation.what in ("misspelt", "doubled") and "datasets" not in mutation.path[:-1]:
-        return "accepted"
-    if mutation.what in VALUES and (run / "run.yaml").exists():
-        setting = reduce(getitem, mutation.path, yaml.safe_load((run / "run.yaml").read_text())["config"])
-        return None if means(setting, mutation.value) else f"means {setting!r}"
-    return None
-
-
-@pytest.mark.parametrize(
-    ("name", "num"),
-    [
-        *((name, 2) for name in ("distill", "evaluate", "finetune")),
-        *(slow(name, 150) for name in ("distill", "quickstart")),
-        *(pytest.param(name, None, marks=pytest.mark.campaign) for name in RUNS),
-    ],
-)
-def test_a_slip_is_refused_or_accepted_as_written(name: str, num: int | None, labeled: Path, tmp_path: Path) -> None:
-    """Promise 18: a key that is dropped, misspelt, doubled, moved or changed ends in one line, or in the run
-    that it means.
-    """
-    run, wrong = tmp_path / "run", []
-    for i, mutation in enumerate(mutations(small_config(RUNS[name], labeled, run), num)):
-        shutil.rmtree(run, ignore_errors=True)
-        problem = try_out(RUNS[name], mutation, tmp_path / str(i), run)
-        if problem is not None:
-            wrong.append(f"{mutation.what} {'.'.join(mutation.path)} {mutation.value!r}: {problem}")
-    assert not wrong, "\n".join(wrong)
 
 
 def test_retrieval_works_in_anyones_run(labeled: Path) -> None:
