@@ -43,17 +43,15 @@ python recipes/ablations.py yamls/ablations/data2vec2 --rows "CLS half of the lo
 python recipes/ablations.py yamls/ablations/timm --rows "CLS half of the loss" max_duration=400ba scheduler.t_warmup=0.1dur \
     teacher.checkpoint=FILE
 
-# audio.csv: bfloat16 on 2 cores of an Intel Xeon. DEBS has the packages that the docstring of prepare_speech.py names.
+# audio.csv: bfloat16 on 2 cores of an Intel Xeon; a script that is no longer here judged the clips. DEBS has the packages that the docstring of prepare_speech.py names.
 python tests/makers/prepare_speech.py DEBS speech
 d2v convert-audio speech/long/train datasets/speech/long_train --labels none
 composer recipes/train.py yamls/ablations/audio/base.yaml run_name=with_17
 composer recipes/train.py yamls/ablations/audio/base.yaml run_name=without_17 student.alibi=false
-python tests/makers/judge_clips.py speech/long runs/ablations/audio/*/latest-rank0.pt
 
-# index.csv: 2 cores of an Intel Xeon. adapters.csv: one thread of an AMD EPYC. Repeat the first line with seed=18 and 19.
+# index.csv: 2 cores of an Intel Xeon. adapters.csv: one thread of an AMD EPYC. Scripts that are no longer here measured
+# these students; repeat the line with seed=18 and 19.
 composer recipes/train.py yamls/quickstart.yaml run_name=blocks_17
-python tests/makers/index_study.py index.csv datasets/cifar10 output_mean 4000 4000 runs/blocks_*/latest-rank0.pt
-python tests/makers/adapter_study.py adapters.csv runs/blocks_*/latest-rank0.pt
 
 # recipes/guides/detect.md: bfloat16 on one of 2 cores of an Intel Xeon with AMX, seeds 1 to 3. photos are 10,000 of
 # CIFAR-10's images, none of them in the scenes. FILE is as for timm.csv. For ResNet-18, write timm/resnet18; from random
