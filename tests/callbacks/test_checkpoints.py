@@ -1,14 +1,8 @@
 """Checkpoints: what is kept locally and in S3, uploads, and one run a folder at a time."""
 
-import errno
 import logging
-import os
-import shutil
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
-from unittest.mock import patch
 
 import pytest
 
@@ -18,7 +12,6 @@ from d2v_composer.checkpoints.checkpoint import LATEST
 from d2v_composer.checkpoints.saving import outdated, prune_store
 from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.errors import InputError, RunError
-from d2v_composer.system.folder_lock import FolderLock
 from gated_store import GatedStore
 
 BUCKET = "saved"
@@ -96,26 +89,3 @@ def test_a_folder_is_of_one_address(tmp_path: Path) -> None:
     checkpoints.post_close()
     with pytest.raises(InputError, match=r"holds the files of s3://a/runs, not of s3://b/runs"):
         Checkpoints(RunFolder(tmp_path, "s3://b/runs"), "5ba")
-
-
-def test_a_run_stops_when_its_folder_is_another_runs(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    checkpoints = Checkpoints(RunFolder(folder), "5ba")
-    state: Any = SimpleNamespace(callbacks=[], timestamp=SimpleNamespace(batch=3), max_duration=None)
-    logger: Any = None
-    try:
-        checkpoints.batch_end(state, logger)
-        shutil.rmtree(folder)
-        Checkpoints(RunFolder(folder), "5ba").post_close()
-        with pytest.raises(RunError, match=r"run or its lock \.in_use was removed .* stopped after batch 3;"):
-            checkpoints.batch_end(state, logger)
-    finally:
-        checkpoints.close(state, logger)
-        checkpoints.post_close()
-
-
-def test_a_file_system_that_is_away_for_a_moment_does_not_end_a_run(tmp_path: Path) -> None:
-    lock = FolderLock(RunFolder(tmp_path))
-    with patch.object(os, "stat", side_effect=OSError(errno.ESTALE, os.strerror(errno.ESTALE))):
-        assert not lock.is_removed()
-    lock.release()

@@ -1,8 +1,5 @@
 """The retrieval callback, in any Composer run and on several ranks."""
 
-import re
-from copy import deepcopy
-from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,13 +11,11 @@ from composer.utils import dist
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from d2v_composer import knn_accuracy, neighbor_agreement
+from d2v_composer import neighbor_agreement
 from d2v_composer.callbacks import ZeroShotRetrieval
 from d2v_composer.data.images import RandomResizedCropFlip
 from d2v_composer.data.modality import Augmentation
 from d2v_composer.evaluation.nearest_neighbors import retrieval_accuracy
-from d2v_composer.evaluation.results import Result
-from d2v_composer.report.tables import format_tables
 from d2v_composer.sources.labeled import EvaluationSet, LabeledSamples
 from d2v_composer.system.errors import InputError
 from foreign_models import Classifier, fit
@@ -181,15 +176,6 @@ def first(request: pytest.FixtureRequest) -> ZeroShotRetrieval:
     return callback
 
 
-@pytest.fixture(scope="module")
-def resumed(first: ZeroShotRetrieval) -> ZeroShotRetrieval:
-    """The resume of that run to batch 20, with two more probes."""
-    callback = measuring_two_embeddings(first.settings.ks[-1], probes=["knn", "linear"])
-    callback.load_state_dict(deepcopy(first.state_dict()))
-    train(Watched(), callback, "20ba")
-    return callback
-
-
 def test_retrieval_is_what_the_function_measures(first: ZeroShotRetrieval) -> None:
     metrics, accuracies = first.history[-1]["metrics"], retrieval_accuracy(*BANK_AND_QUERIES, ks=first.settings.ks)
     assert metrics[RETRIEVAL] == pytest.approx(accuracies[1])
@@ -199,56 +185,10 @@ def test_retrieval_is_what_the_function_measures(first: ZeroShotRetrieval) -> No
     assert nearest_shapes(first) == {(len(WHOLE.test.labels), most)}
 
 
-def test_a_resume_may_add_probes(first: ZeroShotRetrieval, resumed: ZeroShotRetrieval) -> None:
-    before, probed = (callback.history[-1]["metrics"] for callback in (first, resumed))
-    accuracy = knn_accuracy(*BANK_AND_QUERIES)
-    assert probed[KNN] == accuracy
-    assert probed[f"{KNN}/whole"] == accuracy
-    assert resumed.baseline_metrics["metrics/set/teacher/knn/top1"] == accuracy
-    assert {f"{KNN}/corner", "metrics/set/linear/top1", "metrics/set/knn_majority/top1"} <= probed.keys()
-    assert before.items() <= probed.items()  # the retrieval is the same
-    assert nearest_shapes(resumed) == nearest_shapes(first)
-
-
-def test_the_table_shows_added_probes(resumed: ZeroShotRetrieval) -> None:
-    _, head, *rows = format_tables(resumed.results, ["set"]).split("\n\n")[1].splitlines()
-    columns = ["20-NN weighted", "20-NN majority", "linear probe"]
-    assert re.split(" {2,}", head.strip()) == ["in % [95 % interval]", *columns]
-    assert all(f"{100 * knn_accuracy(*BANK_AND_QUERIES):.1f} [" in row for row in rows)
-
-
 def test_a_resume_keeps_its_headline(first: ZeroShotRetrieval) -> None:
     other = ZeroShotRetrieval({"set": WHOLE}, "10ba", headline="corner")
     with pytest.raises(InputError, match=r"set\.embedding: checkpoint has whole, this run has corner; give the"):
         other.load_state_dict(first.state_dict())
-
-
-def as_lists(results: list[Result]) -> list[list[Any]]:
-    """Return all fields of results, so that they can be compared with ``==``."""
-    return [[value.tolist() if isinstance(value, Tensor) else value for value in result] for result in results]
-
-
-def test_a_measurement_cut_short_keeps_the_results_before_it() -> None:
-    """A run never keeps results of one batch on some sets, and of another batch on the others."""
-    sets = {"first": SMALL, "second": EvaluationSet(numbered_images(9, 50), numbered_images(5, 200))}
-    model, last_image = Watched(), 204
-
-    def should_stop() -> bool:
-        return model.embedded.count(last_image) == 2  # only the search in the second set is left to do
-
-    def embed(images: Tensor) -> Tensor:
-        model.embed(images)
-        return pixels(images).square() if callback.history else pixels(images)  # the second measurement's differ
-
-    callback = ZeroShotRetrieval(sets, "5ba", embed=embed, should_stop=should_stop)
-    train(model, callback, "10ba")
-    assert callback.was_stopped
-    assert [entry["batch"] for entry in callback.history] == [5]
-    undisturbed = ZeroShotRetrieval(sets, "5ba", embed=pixels)
-    train(Watched(), undisturbed, "5ba")
-    assert as_lists(callback.results) == as_lists(undisturbed.results)
-    shown = {result.dataset: result.column.key for result in callback.results if result.nearest is not None}
-    assert shown == dict.fromkeys(sets, "bank_train/top1")
 
 
 CHANGES: dict[str, tuple[EvaluationSet, Augmentation]] = {
@@ -353,28 +293,6 @@ def test_a_resume_compares_with_the_teacher_again(judged: Judged) -> None:
     num_train, num_test = labeled.num_samples
     assert sum(judged.images_of_teacher) == num_train + (1 + views) * num_test  # once, for the agreement
     assert {result[:3] for result in resumed.results} == {result[:3] for result in judged.callback.results}
-
-
-def test_baselines_are_measured_once() -> None:
-    events: list[str] = []
-
-    def embed_as(name: str, images: Tensor) -> Tensor:
-        events.append(name)
-        return pixels(images)
-
-    baselines = {name: partial(embed_as, name) for name in ("teacher", "pixels")}
-    options: dict[str, Any] = {"embed": partial(embed_as, "student"), "baselines": baselines, "device_batch_size": 9}
-    callback = ZeroShotRetrieval({"set": SMALL}, "10ba", at_start=True, **options)
-    train(Watched(), callback, "1ba")
-    assert events == ["teacher", "pixels"] * 2 + ["student"] * 4  # train and test images
-    assert len(callback.baseline_metrics) == 2 * 4  # baselines, and both banks with both k
-    assert [entry["batch"] for entry in callback.history] == [0, 1]
-
-    restored = ZeroShotRetrieval({"set": SMALL}, "10ba", **options)
-    restored.load_state_dict(callback.state_dict())
-    events.clear()
-    train(Watched(), restored, "1ba")
-    assert events == []  # measured for this batch, too
 
 
 def test_a_baseline_without_layer_mean_falls_back_to_its_output() -> None:

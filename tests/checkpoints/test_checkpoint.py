@@ -13,9 +13,6 @@ import pytest
 import torch
 
 from d2v_composer import load_student, load_teacher
-from d2v_composer.checkpoints import checkpoint as checkpoints
-from d2v_composer.checkpoints import load as loading
-from d2v_composer.checkpoints import resuming
 from d2v_composer.checkpoints.checkpoint import LATEST, CorruptCheckpointError, read_checkpoint
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.checkpoints.resuming import drop_unused_scaler, find_newest
@@ -28,7 +25,7 @@ from d2v_composer.models.targets import norm_mean
 from d2v_composer.runs.comparison import build_comparison
 from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.errors import InputError
-from helpers import GOLDEN, ROOT, Canary, load_checkpoint, refused_by, small_run, student_of
+from helpers import GOLDEN, ROOT, load_checkpoint, refused_by, small_run
 from recipes import train
 from steps import random_images
 
@@ -143,35 +140,6 @@ def test_a_pointer_that_is_being_replaced_is_waited_for(uninterrupted: Path, tmp
         load_any(tmp_path / "none.pt")
 
 
-def test_reads_the_next_checkpoint_if_one_is_removed_while_being_read(
-    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As a run does that keeps only the newest."""
-    pointer, old, new = tmp_path / LATEST, tmp_path / "ep1-ba12-rank0.pt", tmp_path / "ep2-ba14-rank0.pt"
-    shutil.copyfile(uninterrupted / old.name, old)
-    pointer.symlink_to(old.name)
-    function = loading.load_untrusted
-
-    def late(path: Path) -> Any:
-        if path == old and old.exists():
-            shutil.copyfile(uninterrupted / new.name, new)
-            pointer.unlink()
-            pointer.symlink_to(new.name)
-            old.unlink()
-        return function(path)
-
-    monkeypatch.setattr(loading, "load_untrusted", late)
-    student: Any = load_any(pointer)[0]
-    expected = student_of(uninterrupted)
-    assert all(
-        torch.equal(tensor, expected[f"student.blocks.{name}"]) for name, tensor in student.blocks.state_dict().items()
-    )
-
-    new.write_bytes(new.read_bytes()[:999])
-    with pytest.raises(InputError, match=rf"{new}: cannot be loaded as a PyTorch file"):
-        load_any(pointer)
-
-
 # A run resumes from its newest complete checkpoint, and from no other program's.
 
 
@@ -243,55 +211,6 @@ def test_no_code_of_a_checkpoint_runs(run_folder: Path, small_data: Path, tmp_pa
     trained = train.main(small_run(tmp_path / "another", small_data, f"load_path={newest}", "max_duration=15ba"))
     assert trained.state.timestamp.batch == 15
     assert not (tmp_path / "canary").exists()
-
-
-def test_composer_gets_what_was_checked(
-    run_folder: Path, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A resume reads its checkpoint once: it runs no code of a file that replaces it after the check."""
-    read, paths = resuming.find_newest, []
-
-    def read_and_replace(*arguments: Any, **options: Any) -> Any:
-        newest = read(*arguments, **options)
-        assert newest is not None
-        paths.append(newest.path)
-        checkpoint = load_checkpoint(newest.path)
-        checkpoint["state"]["callbacks"]["Health"] = Canary(tmp_path / "canary")
-        torch.save(checkpoint, tmp_path / "replacement.pt")
-        (tmp_path / "replacement.pt").replace(newest.path)
-        return newest
-
-    monkeypatch.setattr(resuming, "find_newest", read_and_replace)
-    trained = train.main(small_run(run_folder, small_data, "max_duration=15ba"))
-    assert (paths, trained.state.timestamp.batch.value) == ([run_folder / "ep2-ba14-rank0.pt"], 15)
-    assert not (tmp_path / "canary").exists()
-
-
-@pytest.mark.parametrize(
-    ("ours", "stored", "expected"),
-    [
-        ("0 1\n", "0 1\n2 3\n", "0 1\n"),  # logged elsewhere since, after another checkpoint
-        ("0 1\n2\n", "0 1\n", "0 1\n2\n"),  # not uploaded
-        (None, "0 1\n", "0 1\n"),  # another machine
-        ("0\n", None, "0\n"),  # never uploaded
-    ],
-)
-def test_a_resumed_run_keeps_its_log(
-    ours: str | None, stored: str | None, expected: str, run_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """tests/promises/test_run_store.py shows that its checkpoint is uploaded."""
-    path = run_folder / "log.jsonl"
-    path.unlink()
-    if ours is not None:
-        path.write_text(ours)
-
-    def fetch(address: str, file: Path) -> bool:
-        return address == "s3://bucket/run/log.jsonl" and stored is not None and file.write_text(stored) > 0
-
-    monkeypatch.setattr(checkpoints, "download_existing", fetch)
-    monkeypatch.setattr(checkpoints, "list_names", lambda address: [])
-    assert newest_in(run_folder, "s3://bucket/run") == run_folder / "ep2-ba14-rank0.pt"
-    assert path.read_text() == expected
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,7 @@ import json
 import resource
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
-import huggingface_hub
-import numpy as np
 import pytest
 import timm
 import torch
@@ -20,7 +17,6 @@ import d2v_composer.timm_models  # noqa: F401  (registers the student)
 from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.checkpoints.timm_student import TimmWrapper
-from d2v_composer.commands import embed as embed_command
 from d2v_composer.commands import export as export_student
 from d2v_composer.models.alignment import side_by_side
 from d2v_composer.models.configs import ImageEncoderConfig, height_and_width
@@ -28,7 +24,8 @@ from d2v_composer.models.images import ImageEncoder
 from d2v_composer.models.names import EMBEDDING, Pooling
 from d2v_composer.models.student import Student, StudentConfig
 from d2v_composer.system.errors import InputError, RunError
-from helpers import GOLDEN, slow
+from helpers import GOLDEN, slow, write_files
+from hub_stub import serve
 
 TOLERANCE = 1e-5
 
@@ -169,26 +166,17 @@ def test_timm_refuses_other_files(exported: Path, tmp_path: Path) -> None:
 
 
 def test_a_student_comes_from_the_hub(
-    exported: Path, small_data: Path, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported: Path, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
-
-    def download(repository: str, name: str, *, revision: str | None, local_files_only: bool) -> str:
-        asked.append((repository, name, revision))
-        if local_files_only:
-            raise OSError("not in the cache")
-        return str(exported)
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", Mock())
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert_close(load_student("hf://org/photos").embed(images), load_student(exported).embed(images))
-    embed_command.main(["hf://org/photos@v2/a/b.safetensors", str(small_data), str(tmp_path / "embeddings.npy")])
-    assert np.load(tmp_path / "embeddings.npy").shape == (96, load_student(exported).embed_dim)
-    expected = ("org/photos", "student.safetensors", None), ("org/photos", "a/b.safetensors", "v2")
-    assert tuple(dict.fromkeys(asked)) == expected
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: Path(tmp_path, "none").read_bytes())
-    with pytest.raises(InputError, match=r"^no student\.safetensors in org/photos on the Hugging Face hub"):
-        load_student("hf://org/photos")
+    """By its repository, or by a file of a revision."""
+    expected = load_student(exported).embed(images)
+    for place in ("main/student.safetensors", "v2/a/b.safetensors"):
+        write_files(tmp_path / "hub" / "org" / "photos", {place: exported.read_bytes()})
+    with serve(tmp_path / "hub", tmp_path / "cache", monkeypatch):
+        for address in ("hf://org/photos", "hf://org/photos@v2/a/b.safetensors"):
+            assert_close(load_student(address).embed(images), expected)
+        with pytest.raises(InputError, match=r"^no student\.safetensors in org/none"):
+            load_student("hf://org/none")
 
 
 def test_unsupported_files_and_options_are_refused(exported: Path, tmp_path: Path) -> None:

