@@ -1,13 +1,10 @@
-"""A file is read as it was listed: a source that changes in between is named, and a copy is the listed version."""
+"""Copies of what a store or a hub has are whole and of the listed version; an interrupted call goes on with its own."""
 
 import os
 import re
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
-from unittest.mock import Mock
 
-import numpy as np
 import pytest
 from streaming import StreamingDataset
 
@@ -17,7 +14,7 @@ from d2v_composer.data.images import Images
 from d2v_composer.sources.open import open_source
 from d2v_composer.sources.source import Source
 from d2v_composer.system import fetch as fetch_module
-from d2v_composer.system.errors import InputError, RunError
+from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import cache_folder, exists, fetch, list_store
 from gated_store import GatedStore
 from helpers import GOLDEN, encoded_image, truncated, write_files
@@ -29,15 +26,8 @@ TEACHER = str(GOLDEN / "tiny_base.pt")
 # Of one size: a decoder ignores what follows a JPEG.
 SIZE = 2048
 IMAGES, OTHERS = ([encoded_image(seed).ljust(SIZE, b"\0") for seed in seeds] for seeds in (range(6), range(10, 16)))
-CHANGED = r"has changed since it was listed; run the same command again"
-# Kind of source → the last of its files, or of those that it names.
-KINDS = {
-    "tars": "tars/00001.tar",
-    "zips": "zips/00001.zip",
-    "bytes": "bytes/00001.parquet",
-    "paths": "folder/00005.png",
-    "folder": "folder/00005.png",
-}
+# Kind of source → the last of its files.
+KINDS = {"tars": "tars/00001.tar", "zips": "zips/00001.zip", "folder": "folder/00005.png"}
 
 
 @pytest.fixture
@@ -48,40 +38,6 @@ def store(reachable_store: GatedStore, tmp_path: Path, monkeypatch: pytest.Monke
 
 def images_of(source: Source) -> list[bytes]:
     return [source.load(number) for number in range(len(source))]
-
-
-def replace(path: Path, by: Path) -> None:
-    """Replace a file by one of the same time and, unless it is compressed, of the same size."""
-    status = path.stat()
-    assert by.stat().st_size == status.st_size or path.suffix in (".parquet", ".zip")
-    os.utime(by, ns=(status.st_atime_ns, status.st_mtime_ns))
-    by.replace(path)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_file_that_is_replaced_while_it_is_read_is_named(kind: str, tmp_path: Path) -> None:
-    for name, images in (("here", IMAGES), ("there", OTHERS)):
-        write_all(tmp_path / name, images, [0] * 6, num_files=2)
-    source = open_source(str(tmp_path / "here" / kind), Images())
-    assert images_of(source)[:3] == IMAGES[:3]
-    replace(tmp_path / "here" / KINDS[kind], tmp_path / "there" / KINDS[kind])
-    assert source.load(0) == IMAGES[0]
-    with pytest.raises(RunError, match=rf"{Path(KINDS[kind]).name}[^/]* {CHANGED}$"):
-        images_of(source)
-    again = open_source(str(tmp_path / "here" / kind), Images())
-    assert {*images_of(again)} != {*IMAGES}
-    assert np.count_nonzero(again.fingerprints == source.fingerprints) == {"paths": 5, "folder": 5}.get(kind, 4)
-    os.utime(tmp_path / "here" / KINDS[kind])
-    assert open_source(str(tmp_path / "here" / kind), Images()).content != again.content
-
-
-def test_a_mounted_store_may_number_a_file_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tar, again = (write_tar(tmp_path / name, [("a.jpg", IMAGES[0])]) for name in ("x.tar", "again"))
-    monkeypatch.setattr("d2v_composer.system.fetch._keeps_inodes", {})
-    monkeypatch.setattr("os.statvfs", lambda place: Mock(f_fsid=0))
-    source = open_source(str(tar), Images())
-    replace(tar, again)
-    assert images_of(source) == IMAGES[:1]
 
 
 def test_a_copy_is_the_version_that_was_listed(
@@ -178,25 +134,6 @@ def test_an_interrupted_conversion_goes_on_with_its_own_source(interrupted: list
     assert convert_images.main([str(tmp_path / "b"), *interrupted[1:]]).resumed == 0
     stored = StreamingDataset(local=str(tmp_path / "out"), batch_size=1)
     assert sorted(sample["image"] for sample in stored) == sorted(OTHERS)
-
-
-@pytest.mark.parametrize(("package", "resumes"), [("0.1.0", True), ("9", False)])
-def test_an_interrupted_call_goes_on_with_its_own_version(
-    package: str, resumes: bool, interrupted: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("d2v_composer.embedding.embed_source.CHUNK", 2)
-    table = [TEACHER, str(tmp_path / "a"), str(tmp_path / "a.npy"), "--batch-size", "2", "--workers", "0"]
-    with pytest.raises(InputError, match=r"5\.jpg: cannot decode as an image"):
-        embed.main(table)
-    for module in ("convert", "parts"):
-        monkeypatch.setattr(f"d2v_composer.conversion.{module}.version", lambda _: package)
-    assert (convert_images.main(interrupted).resumed > 0) == resumes
-    with (
-        nullcontext()
-        if resumes
-        else pytest.raises(InputError, match=r"an interrupted run had other settings \(version")
-    ):
-        embed.main([*table, "--skip-unreadable"])
 
 
 @pytest.mark.parametrize("kind", ["tars", "zips", "folder"])
