@@ -33,17 +33,10 @@ class RunRecord(Callback):
         record: The sections of ``run.yaml``, as plain containers; RunRecord hides secrets in them.
         folder: The folder for ``run.yaml``; ``None``: write no file.
         fixed: Dotted keys of the record that a resume must not change, besides :data:`IDENTITIES`.
-        defaults: Default values of keys that a checkpoint's record may lack.
     """
 
-    def __init__(
-        self,
-        record: Record,
-        folder: Path | None,
-        fixed: Sequence[str],
-        defaults: Record,
-    ) -> None:
-        self.record, self.folder, self.defaults = hide_secrets(record), folder, defaults
+    def __init__(self, record: Record, folder: Path | None, fixed: Sequence[str]) -> None:
+        self.record, self.folder = hide_secrets(record), folder
         self.fixed = (*IDENTITIES, *fixed)
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -74,16 +67,15 @@ class RunRecord(Callback):
             before: The earlier record.
             keys: Dotted keys to compare; default: the fixed keys.
         """
-        records = hide_secrets(before), self.record, self.defaults
+        records = hide_secrets(before), self.record
         groups = (find_changes(key, *(value_at(record, key) for record in records)) for key in keys or self.fixed)
         return "; ".join(change for changes in groups for change in changes)
 
 
-def find_changes(key: str, before: Json, now: Json, default: Json = None) -> Iterator[str]:
+def find_changes(key: str, before: Json, now: Json) -> Iterator[str]:
     """Yield a description of each changed field at or below a dotted key."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for name in dict.fromkeys([*now, *before]):
-            usual = value_at(default, name)
-            yield from find_changes(f"{key}.{name}", before.get(name, usual), now.get(name), usual)
+            yield from find_changes(f"{key}.{name}", before.get(name), now.get(name))
     elif before != now and not (key == "teacher.outputs" and are_of_one_teacher(before, now)):
         yield f"{IDENTITIES.get(key, key.removeprefix('config.'))}: checkpoint has {before}, this run has {now}"

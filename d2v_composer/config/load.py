@@ -170,8 +170,7 @@ def explain(schema: type[RunConfig], error: ErrorDetails) -> list[str]:
     key = "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in place)
     if error["type"] == "extra_forbidden":
         allowed = [*section_at(schema, place[:-1]).model_fields]
-        new = schema.moved.get(key.lstrip("."))
-        problems = [f"no such key; write {new}" if new else f"no such key{suggest(str(place[-1]), allowed)}"]
+        problems = [f"no such key{suggest(str(place[-1]), allowed)}"]
     else:  # '.below: problem' continues the key
         problems = describe_problem(error).splitlines()
     return [(key + text if text.startswith(".") else f"{key}: {text}").lstrip(".") for text in problems]

@@ -11,13 +11,11 @@ class OnResume(Enum):
 
     FIXED = auto()
     """The resume is refused."""
-    FIXED_IF_COMPARED = auto()
-    """The resume is refused if the loss compares the inputs of a microbatch with each other."""
     NEW_RESULT = auto()
     """The run goes on, unless ``d2v distill`` started it: then the resume is refused."""
 
 
-FIXED, FIXED_IF_COMPARED, NEW_RESULT = OnResume
+FIXED, NEW_RESULT = OnResume
 
 
 def keys_marked(section: BaseModel, mark: OnResume) -> Iterator[str]:

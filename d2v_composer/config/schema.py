@@ -1,15 +1,15 @@
 """Fields of the YAMLs for distillation, fine-tuning and evaluation, with their limits, defaults and descriptions."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ByteSize, Field, ValidationInfo, create_model, model_validator
 from typing_extensions import Self
 
 from d2v_composer.config.choices import CALLBACKS, LOGGERS, OPTIMIZERS, about
 from d2v_composer.config.reference import ModelReference, TimmSizes
-from d2v_composer.config.resume import FIXED, FIXED_IF_COMPARED, NEW_RESULT
+from d2v_composer.config.resume import FIXED, NEW_RESULT
 from d2v_composer.config.types import (
     IS_MODE,
     IS_TEACHER,
@@ -315,8 +315,6 @@ class RetrievalConfig(LookupConfig):
 class RunConfig(Section):
     """Fields of every YAML."""
 
-    moved: ClassVar[Mapping[str, str]] = {}
-    """Former key → the key to write instead."""
     seed: Annotated[Whole, FIXED] = 17
     """Seed of random weights, and of the order and the augmentation of samples."""
     precision: SupportedPrecision = "fp32"
@@ -340,7 +338,7 @@ class TrainerConfig(RunConfig):
     """Length of the run, in batches or epochs."""
     global_train_batch_size: Annotated[Count, FIXED] = 256
     """Number of images or clips in a step of the optimizer, over all devices."""
-    device_train_microbatch_size: Annotated[Microbatch | None, FIXED_IF_COMPARED] = None
+    device_train_microbatch_size: Microbatch | None = None
     """Number of images or clips in a device's forward pass. null: the device's whole batch. 'auto': Composer
     halves the number until a microbatch fits in the GPU's memory."""
     train_loader: LoaderConfig = LoaderConfig()
@@ -396,7 +394,6 @@ class TrainerConfig(RunConfig):
 class TrainConfig(TrainerConfig):
     """Fields of ``d2v train``, ``d2v distill`` and recipes/train.py."""
 
-    moved = {"prediction": "objectives.tokens.prediction", "targets": "objectives.tokens"}
     compile: Annotated[Any, IS_MODE] = False
     """true: use torch.compile and, on a GPU, CUDA graphs where possible. ``default`` or
     ``max-autotune-no-cudagraphs``: use this mode of torch.compile, without CUDA graphs."""

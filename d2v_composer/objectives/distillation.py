@@ -96,11 +96,6 @@ class DistillationModel(ComposerModel):
     def _freeze_unused(self) -> None:
         freeze_unused_parameters(self, self.losses(self(self.student.encoder.example(1)))["total"])
 
-    @property
-    def compares_microbatches(self) -> bool:
-        """True if the loss depends on which inputs are in the same microbatch."""
-        return any(objective.compares == "microbatch" for objective in self.objectives.values())
-
     def forward(self, batch: Batch) -> dict[str, Regression]:
         """Compute the regression of each objective from a batch."""
         with cpu_autocast(self.cpu_bf16):

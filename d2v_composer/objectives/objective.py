@@ -4,7 +4,7 @@ Shapes: B inputs, T tokens, N patches or frames, D channels of the target.
 """
 
 from abc import ABC, abstractmethod
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
@@ -50,12 +50,9 @@ class Objective(nn.Module, ABC):
     Attributes:
         Options: Fields of the section.
         head: A module that trains with the student, and is not part of exported students.
-        compares: ``inputs`` if the loss is a mean over inputs. ``microbatch`` if the loss depends on which inputs are
-            in the same microbatch.
     """
 
     Options: ClassVar[type[Term]] = Term
-    compares: ClassVar[Literal["inputs", "microbatch"]] = "inputs"
     head: nn.Module
 
     def __init__(self, options: Term, teacher: Teacher, student: Backbone) -> None:

@@ -97,7 +97,6 @@ def train_student(
         model,
         data.loader,
         {"teacher": model.teacher.provenance, "student": student, "data": data.about, "costs": costs},
-        compares_microbatches=model.compares_microbatches,
         run_callbacks=[callback for callback in (align, retrieval) if callback is not None],
         callbacks=callbacks,
         algorithms=algorithms,
@@ -173,18 +172,12 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
         student = teacher.build_student(**config.student.model_dump(), **normalization)
     try_timm_student("student.model", student, config)
     with errors_of("objectives.tokens"):  # the others name themselves
-        model = DistillationModel(
+        return DistillationModel(
             teacher,
             student,
             objectives=dict(config.objectives),
             cpu_bf16=choose_precision(config.precision).cpu_bf16,
         )
-    if model.compares_microbatches and config.device_train_microbatch_size == "auto":
-        raise InputError(
-            "device_train_microbatch_size: must be a number or null, because a term of the loss compares the inputs of "
-            "a microbatch; got 'auto'"
-        )
-    return model
 
 
 def apply_precision_and_compile(config: TrainConfig, model: DistillationModel) -> None:

@@ -38,8 +38,8 @@ from d2v_composer.checkpoints.checkpoint import (
 from d2v_composer.checkpoints.resuming import drop_unused_scaler, share_newest
 from d2v_composer.checkpoints.timm_student import convert_to_timm
 from d2v_composer.config.choices import ALGORITHMS, CALLBACKS, LOGGERS, OPTIMIZERS
-from d2v_composer.config.load import deep_merge, defaults
-from d2v_composer.config.resume import FIXED, FIXED_IF_COMPARED, keys_marked
+from d2v_composer.config.load import deep_merge
+from d2v_composer.config.resume import FIXED, keys_marked
 from d2v_composer.config.schema import (
     AlgorithmsConfig,
     OptimizerConfig,
@@ -70,7 +70,6 @@ def build_trainer(
     train_loader: DataLoader | Sequence[Any],
     record_sections: Record,
     *,
-    compares_microbatches: bool = False,
     run_callbacks: Sequence[Callback] = (),
     callbacks: Sequence[Callback] = (),
     algorithms: Sequence[Algorithm] = (),
@@ -87,7 +86,6 @@ def build_trainer(
         model: The model that trains.
         train_loader: The loader of training samples.
         record_sections: Sections of the run's record; the section ``data`` must have the samples' ``modality``.
-        compares_microbatches: True if the loss compares the inputs of a microbatch with each other.
         run_callbacks: Callbacks that this kind of run needs.
         callbacks, algorithms, loggers: Callbacks, algorithms and loggers besides the YAML's.
         prepare: Function that transforms a microbatch on the device.
@@ -100,7 +98,7 @@ def build_trainer(
     folder = config.run_folder
     uploads = None if folder is None or folder.address is None else Uploads(folder.address)
     chosen, scheduler = build_callbacks(config), build_scheduler(config, len(train_loader))
-    record = build_run_record(config, compares_microbatches, **record_sections)
+    record = build_run_record(config, **record_sections)
     precision = choose_precision(config.precision).trainer
     # First lock the folder, then select the checkpoint in it: another run could still write one.
     keep = config.save_num_checkpoints_to_keep
@@ -335,11 +333,8 @@ def arguments_in(folder: RunFolder, name: str) -> Record:
     return {}
 
 
-def build_run_record(config: TrainerConfig, compares_microbatches: bool = False, **contents: Record) -> RunRecord:
-    """Build the record of a run: config, command, versions, hardware and ``contents``.
-
-    For ``compares_microbatches``, see :func:`build_trainer`.
-    """
+def build_run_record(config: TrainerConfig, **contents: Record) -> RunRecord:
+    """Build the record of a run: config, command, versions, hardware and ``contents``."""
     sys.argv = hide_secrets(sys.argv)  # W&B records it, too
     record = {
         "config": config.model_dump(mode="json"),
@@ -353,10 +348,7 @@ def build_run_record(config: TrainerConfig, compares_microbatches: bool = False,
         },
     }
     fixed = [f"config.{key}" for key in keys_marked(config, FIXED)]
-    if compares_microbatches:
-        fixed += [*(f"config.{key}" for key in keys_marked(config, FIXED_IF_COMPARED)), "hardware.ranks"]
-    default_record = {"config": defaults(type(config))}
-    return RunRecord(record, config.run_folder and config.run_folder.local, fixed, default_record)
+    return RunRecord(record, config.run_folder and config.run_folder.local, fixed)
 
 
 def join_and_seed(config: TrainerConfig) -> None:

@@ -85,7 +85,6 @@ def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # Override → what the line names.
 SLIPS = {
-    "prediction=last_block": "prediction",
     "student.dept=3": "student.dept: no such key; did you mean depth",
     "callbacks.speed_monitor={window: 3}": "callbacks.speed_monitor.window",
     "callbacks.speed_monitor={window_size: .inf}": "callbacks.speed_monitor.window_size",
