@@ -182,11 +182,11 @@ class GatedStore:
             client.upload_file(str(file), bucket, f"images/{file.name}")
 
     @contextmanager
-    def replaced(self, bucket: str, key: str, content: bytes) -> Iterator[None]:
-        """Give an object another content while the block lasts."""
+    def replaced(self, bucket: str, key: str, content: bytes | None) -> Iterator[None]:
+        """Give an object another content, or none, while the block lasts."""
         client, place = self.client(), {"Bucket": bucket, "Key": key}
         before = client.get_object(**place)["Body"].read()
-        client.put_object(**place, Body=content)
+        client.delete_object(**place) if content is None else client.put_object(**place, Body=content)
         try:
             yield
         finally:
