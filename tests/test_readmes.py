@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 import shlex
 from collections.abc import Iterator, Sequence
 from importlib import import_module
@@ -16,11 +17,9 @@ import reference
 from d2v_composer.commands.__main__ import COMMANDS
 from d2v_composer.commands.fields import main as print_fields
 from d2v_composer.config import schema as fields
-from d2v_composer.config.detection import DetectConfig
 from d2v_composer.config.load import (
     find_section,
     load_config,
-    load_detect_config,
     load_evaluate_config,
     load_finetune_config,
 )
@@ -33,7 +32,7 @@ from recipes.ablations import Ablations
 
 FOLDERS = (".github", "recipes", "yamls", "tests", "d2v_composer")
 PAGES = sorted([*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in (ROOT / folder).glob("**/*.md"))])
-SCHEMAS = (TrainConfig, EvaluateConfig, FinetuneConfig, DetectConfig)
+SCHEMAS = (TrainConfig, EvaluateConfig, FinetuneConfig)
 # Reader of a YAML → how it is checked, and the YAML that stands for one that is not in the repository.
 READERS = {
     "train": (load_config, "yamls/distill.yaml"),
@@ -42,7 +41,6 @@ READERS = {
     "run.py": (load_config, "yamls/distill.yaml"),
     "evaluate": (load_evaluate_config, "yamls/evaluate.yaml"),
     "finetune.py": (load_finetune_config, "yamls/finetune.yaml"),
-    "detect.py": (load_detect_config, "yamls/detect.yaml"),
 }
 
 
@@ -96,6 +94,8 @@ def test_dotted_keys_exist(page: Path) -> None:
 
 # Script → how many arguments it may have.
 POSITIONALS = {"ray_embed.py": (3, 4), "embed_onnx.py": (3,)}
+# Scripts whose parser is a public name.
+PARSERS = ("detect.py",)
 # Suffix of a file → its lines of shell.
 SHELL = {
     ".md": r"^```(?:sh|bash|console)\n((?s:.*?))^```",
@@ -134,6 +134,8 @@ def problems(program: str, argv: Sequence[str]) -> Iterator[str]:
         elif name in POSITIONALS:
             if len(arguments) not in POSITIONALS[name]:
                 yield f"expected MODEL SOURCE OUT, got {arguments}"
+        elif name in PARSERS:
+            runpy.run_path(str(ROOT / "recipes" / name))["parser"].parse_args(arguments)
         elif (name := name.replace("ray_convert.py", "convert-images")) in COMMANDS:
             kinds = reference.commands_in(name, f"d2v_composer/commands/{name.replace('-', '_')}.py")
             if name not in kinds:
@@ -143,6 +145,8 @@ def problems(program: str, argv: Sequence[str]) -> Iterator[str]:
             yield f"no command {name}"
         if changes:
             load_config([str(ROOT / "yamls/distill.yaml"), *changes])
+    except SystemExit:
+        yield "its parser refuses this"
     except InputError as error:
         yield from (line for line in map(str, error.args) if not re.search("got '[A-Z]+'$", line))  # such as N
 

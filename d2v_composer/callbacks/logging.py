@@ -25,7 +25,7 @@ from d2v_composer.system.fetch import put
 from d2v_composer.system.files import write_atomically
 from d2v_composer.system.progress import Lines
 
-# Keys of the accuracies that progress shows, of the headline; metrics/test/… is of a fine-tuned classifier or detector.
+# Keys of the accuracies that progress shows, of the headline; metrics/test/… is of a fine-tuned classifier.
 ACCURACY = re.compile(r"metrics/(test|.+/(bank_train|instance))/top\d+|metrics/.+/agreement@\d+|metrics/test/map_50")
 # The part of a key between an accuracy's name and the embedding's.
 BELOW_AN_ACCURACY = re.compile(r"(/top\d+|@\d+)/")

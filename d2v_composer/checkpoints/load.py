@@ -246,7 +246,7 @@ def _as_estimated(teacher: Teacher | None, student: Backbone) -> Teacher | None:
 
 
 def _load_checkpoint(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
-    """Load the student and the teacher from a checkpoint of a distillation, fine-tuning or detection run."""
+    """Load the student and the teacher from a checkpoint of a distillation or fine-tuning run."""
     try:
         if "model" in checkpoint.record:
             return _with_teacher(_load_finetuned(checkpoint), teacher_path)
@@ -334,13 +334,11 @@ def own_parts(student: Backbone) -> nn.ModuleDict:
 
 
 def _load_finetuned(checkpoint: Checkpoint) -> Backbone:
-    """Load the student of a fine-tuning run, with its classifier, or of a detection run."""
+    """Load the student of a fine-tuning run, with its classifier."""
     path, record = checkpoint.path, checkpoint.record
     if record["model"]["kind"] != "student":
         raise InputError(f"{path} is the checkpoint of a fine-tuned teacher; only students' checkpoints can be used")
-    prefix = record["model"].get("prefix", "backbone.")  # a detector's backbone is deeper, and its heads stay there
-    names = (name for name in checkpoint.tensors if name.startswith((prefix, "head.")))
-    tensors = {name.removeprefix(prefix): checkpoint.tensors[name] for name in names}
+    tensors = {name.removeprefix("backbone."): tensor for name, tensor in checkpoint.tensors.items()}
     return _build_with_head(path, read_sizes(path, record["model"]["sizes"]), tensors, record)
 
 

@@ -193,10 +193,6 @@ class TimmWrapper(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.student.checkpoint_activations(enable)
 
-    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + CONFIG_TENSOR] = config_tensor(self.sizes.model_dump(mode="json"))
-
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
         """Build the student from the tensors of a file that ``d2v export`` wrote, or of this model's state dict.
 
@@ -216,6 +212,7 @@ class TimmWrapper(nn.Module):
             self.student.load_state_dict(tensors, strict, assign)
         else:
             self.student, self.sizes = student.train(self.training), sizes
+            self.register_buffer(CONFIG_TENSOR, stored)
             self.pretrained_cfg = self.default_cfg = pretrained_cfg(sizes)
             self.reset_classifier(self.num_classes)
         part = "alignment." if self.num_classes == len(last.get("alignment.bias", ())) else "head."

@@ -3,7 +3,7 @@
     d2v fields
     d2v fields optimizer
 
-SECTION is training, evaluation, fine-tuning, detection, datasets, or a section of a YAML, such as optimizer.
+SECTION is training, evaluation, fine-tuning, datasets, or a section of a YAML, such as optimizer.
 """
 
 import json
@@ -38,7 +38,6 @@ def find_tables() -> Iterator[tuple[str, str, str]]:
     The name is '' for the fields outside of sections. Fields of another kind of YAML that are the same as in training
     are only named.
     """
-    from d2v_composer.config.detection import DetectConfig
     from d2v_composer.config.load import find_section
     from d2v_composer.config.schema import EvaluateConfig, FinetuneConfig, LabeledSetConfig, TrainConfig
 
@@ -55,7 +54,6 @@ def find_tables() -> Iterator[tuple[str, str, str]]:
     readers = {
         "evaluation": EvaluateConfig,
         "fine-tuning": FinetuneConfig,
-        "detection": DetectConfig,
         "datasets": LabeledSetConfig,
     }
     for reader, schema in {"training": TrainConfig, **readers}.items():

@@ -22,7 +22,6 @@ YAMLS = Path(d2v_composer.__file__).with_name("yamls").resolve()
 NAMES = sorted(path.stem for path in YAMLS.glob("*.yaml"))
 # YAML → what reads it, if that is not d2v train.
 READERS = {
-    "detect": "in a clone of the repository: composer recipes/detect.py FILE.yaml model=PATH",
     "evaluate": d2v("evaluate", "FILE.yaml", "model=PATH"),
     "finetune": "in a clone of the repository: composer recipes/finetune.py FILE.yaml model=PATH",
 }

@@ -14,7 +14,6 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from d2v_composer.config.detection import DetectConfig
 from d2v_composer.config.schema import NEEDS_DATA, EvaluateConfig, FinetuneConfig, RunConfig, TrainConfig
 from d2v_composer.config.types import describe_problem, suggest
 from d2v_composer.models.provenance import Json, Record
@@ -48,11 +47,6 @@ def load_config(argv: Sequence[str], values: Mapping[str, Json] = {}, *, needs_d
 def load_finetune_config(argv: Sequence[str]) -> FinetuneConfig:
     """Read and check the YAML and overrides of a fine-tuning run; see :func:`load_config`."""
     return load_checked(FinetuneConfig, argv)
-
-
-def load_detect_config(argv: Sequence[str]) -> DetectConfig:
-    """Read and check the YAML and overrides of a detector's training; see :func:`load_config`."""
-    return load_checked(DetectConfig, argv)
 
 
 def load_evaluate_config(argv: Sequence[str]) -> EvaluateConfig:

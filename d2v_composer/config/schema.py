@@ -454,7 +454,7 @@ class ClassifierAlgorithmsConfig(AlgorithmsConfig):
 
 
 class LabeledRunConfig(TrainerConfig):
-    """Fields of fine-tuning and of a detector's training."""
+    """Fields of fine-tuning."""
 
     eval_interval: Duration = "1ep"
     """Time between evaluations, in batches or epochs. The last evaluation is at the end of the run."""
@@ -462,7 +462,7 @@ class LabeledRunConfig(TrainerConfig):
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
         if self.callbacks.get("health") is not None:
-            yield ".callbacks.health: must be null in fine-tuning and detection, which have no teacher"
+            yield ".callbacks.health: must be null in fine-tuning, which has no teacher"
 
 
 class FinetuneConfig(LabeledRunConfig, ModelReference):

@@ -51,7 +51,7 @@ class Run(NamedTuple):
 
     @property
     def retrieval(self) -> Mapping[str, Any]:
-        """The section ``retrieval`` of the config; for fine-tuning and detection, a section without data sets."""
+        """The section ``retrieval`` of the config; for fine-tuning, a section without data sets."""
         config = self.record["config"]
         return {"datasets": {}, "max_images": None} if "dataset" in config else config["retrieval"]
 
@@ -62,7 +62,7 @@ def latest(values: Mapping[int, float]) -> float | None:
 
 
 def read_run(folder: Path) -> Run:
-    """Read the folder of a distillation, a fine-tuning or a detector's training, finished or not.
+    """Read the folder of a distillation or a fine-tuning, finished or not.
 
     A data set that cannot be read, or has changed since the run, is left out, with a printed line.
 

@@ -1,1 +1,1 @@
-"""Runs of distillation, fine-tuning, detection and evaluation."""
+"""Runs of distillation, fine-tuning and evaluation."""

@@ -209,7 +209,7 @@ def test_a_fine_tuned_student_is_fine_tuned_again_with_a_new_head(
     [
         (["algorithms.mixup={}", "algorithms.cutmix={}"], "algorithms.cutmix: must be null with mixup"),
         (["dataset.format=folder"], "dataset.format: must be mds or null, got folder; write ROOT/train"),
-        (["callbacks={health: {}}"], "callbacks.health: must be null in fine-tuning and detection"),
+        (["callbacks={health: {}}"], "callbacks.health: must be null in fine-tuning"),
     ],
 )
 def test_a_slip_is_one_line(overrides: list[str], message: str, student: Path, labeled: Path, tmp_path: Path) -> None:

@@ -52,16 +52,3 @@ composer recipes/train.py yamls/ablations/audio/base.yaml run_name=without_17 st
 # index.csv: 2 cores of an Intel Xeon. adapters.csv: one thread of an AMD EPYC. Scripts that are no longer here measured
 # these students; repeat the line with seed=18 and 19.
 composer recipes/train.py yamls/quickstart.yaml run_name=blocks_17
-
-# recipes/guides/detect.md: bfloat16 on one of 2 cores of an Intel Xeon with AMX, seeds 1 to 3. photos are 10,000 of
-# CIFAR-10's images, none of them in the scenes. FILE is as for timm.csv. For ResNet-18, write timm/resnet18; from random
-# weights, model=timm/NAME pretrained=false.
-python tests/makers/scenes.py datasets/scenes
-d2v distill photos --teacher yamls/quickstart/teacher.safetensors --out runs/toy student.model=timm/mobilenetv4_conv_small \
-    max_duration=400ba scheduler.t_warmup=0.1dur optimizer.lr=1e-3 'train_loader.crop_scale=[0.35,1]'
-d2v distill photos --teacher timm/vit_small_patch14_dinov2 --out runs/vit student.model=timm/mobilenetv4_conv_small \
-    max_duration=300ba scheduler.t_warmup=0.1dur optimizer.lr=1e-3 'train_loader.crop_scale=[0.35,1]' \
-    teacher.checkpoint=FILE teacher.image_size=56
-composer recipes/detect.py yamls/detect.yaml model=runs/toy/student.safetensors image_size=128 channels=32 \
-    max_duration=240ba eval_interval=60ba seed=1 save_folder=runs/detectors/mobilenetv4/toy-1
-python tests/makers/detectors.py runs/detectors detectors.png
