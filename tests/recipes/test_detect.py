@@ -60,9 +60,9 @@ def test_it_is_killed_and_resumes(students: Path, scenes: Path, tmp_path: Path) 
     assert [end["timestamp"]["Timestamp"]["batch"] for end in ends] == [6, 6]
 
     # timm loads the trained backbone by its names.
-    net = timm.create_model("test_resnet", features_only=True, feature_cls="getter").model
+    net: Any = timm.create_model("test_resnet", features_only=True, feature_cls="getter")
     trained = load_file(tmp_path / "part/backbone.safetensors")
-    assert trained.keys() == net.state_dict().keys()
+    assert trained.keys() == net.model.state_dict().keys()
     prefix = "net.backbone.body.model."
     assert all(torch.equal(tensor, ends[0]["model"][prefix + name]) for name, tensor in trained.items())
 
