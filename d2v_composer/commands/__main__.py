@@ -24,7 +24,6 @@ COMMANDS = {
     "report": "write a run's curves and tables to one HTML page",
     "evaluate": "compare a model with its teacher and baselines",
     "export": "export a student to a .safetensors, .onnx or .pt2 file",
-    "verify": "run an exported file in each runtime, and compare the embeddings with PyTorch's",
     "embed": "embed a collection of images or audio clips",
     "search": "find the samples in an index that are nearest to a query, or near-duplicates",
     "align": "map a student's embeddings to the space of an index or of another model",

@@ -11,8 +11,6 @@ Without --preprocessing in, the inputs are normalized images, (B, 3, height, wid
 length, (B, L) float32.
 """
 
-import tempfile
-from pathlib import Path
 from typing import Literal
 
 from d2v_composer.commands.command import Command, PlaceHere, Positional
@@ -26,8 +24,6 @@ PROGRAMS = {
     ".onnx": "import onnxruntime; session = onnxruntime.InferenceSession({!r})",
     ".pt2": "import torch; program = torch.export.load({!r}).module()",
 }
-# Every second one calibrates; d2v verify measures with others.
-MAX_INT8_IMAGES = 256
 
 
 class Export(Command):
@@ -48,8 +44,6 @@ class Export(Command):
     calibrate: str | None = None
     """Images that calibrate --int8: a folder or other SOURCE of d2v embed; default: the retrieval images of the
     run that trained the student."""
-    verify: bool = False
-    """Run d2v verify on OUT after the export."""
     overwrite: bool = False
     """Replace OUT if it exists."""
 
@@ -67,9 +61,9 @@ class Export(Command):
 
         from d2v_composer.checkpoints.timm_student import timm_call
         from d2v_composer.config.reference import load_any
-        from d2v_composer.export import verification
+        from d2v_composer.export.int8 import export_int8, read_images
         from d2v_composer.export.model_card import save_with_card, size_of
-        from d2v_composer.export.programs import Program, export_program, quantize
+        from d2v_composer.export.programs import Program, export_program
         from d2v_composer.models.teacher import Teacher
 
         student, _ = load_any(source, teacher=self.teacher)
@@ -90,19 +84,11 @@ class Export(Command):
         else:
             program = Program(student, embedding, takes_pixels)
             if self.int8:
-                images = verification.read_samples(student, self.calibrate, MAX_INT8_IMAGES, takes_pixels)
-                with tempfile.TemporaryDirectory() as folder:
-                    export_program(program, exact := Path(folder) / "float32.onnx")
-                    quantize(exact, out, images[1::2])
+                print(export_int8(program, out, read_images(student, self.calibrate, takes_pixels)))
             else:
                 export_program(program, out)
             steps = [PROGRAMS[out.suffix].format(str(out))]
-            if source.endswith(".safetensors") and not self.verify:
-                steps.append(d2v("verify", out, "--student", source))
             print(size_of(student, out))
-        if self.verify or self.int8:
-            images = self.calibrate if self.int8 else verification.SHIPPED[student.encoder.input_name]
-            verification.verify(out, student, runtime=None if self.verify else ["onnxruntime"], images=images)
         print_next(*steps)
 
 

@@ -1,1 +1,1 @@
-"""Export a student as a program, verify the program, and write the student's model card."""
+"""Export a student to a file that other programs load, and write the student's model card."""

@@ -147,13 +147,6 @@ def choose_rows(queries: Record, student: Any) -> tuple[str, dict[str, str]]:
     return of_table, {title: label(title, text, of_table) for title, text in texts.items()}
 
 
-def add_section(readme: Path, heading: str, text: str) -> None:
-    """Add or replace a section of a README.md that ``d2v export`` wrote; leave any other README.md unchanged."""
-    if readme.exists() and CARD_MARK in (card := readme.read_text("utf-8", "replace")):
-        old = rf"\n\n## {re.escape(heading)}\n.*?(?=\n## |\Z)"
-        write_atomically(readme, re.sub(old, "", card, flags=re.DOTALL) + f"\n\n## {heading}\n\n{text}")
-
-
 def name_license(stated: str) -> str:
     """Return the license that a note states, in the spelling of the Hugging Face hub; ``unknown`` if it states none."""
     # A note that says more than a license's name becomes a name of its own: the addition may be a restriction.

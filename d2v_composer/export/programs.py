@@ -1,36 +1,25 @@
-"""Export a student to ONNX, also in int8, or to torch.export."""
+"""Export a student to ONNX or torch.export."""
 
 import copy
 import io
 import json
-import tempfile
 import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from d2v_composer.checkpoints.load import load_student
-from d2v_composer.export.check_program import RUNTIMES
 from d2v_composer.models.attention import Alibi
 from d2v_composer.models.backbone import Backbone
-from d2v_composer.models.names import EMBEDDING
 from d2v_composer.models.precision import is_equal_but_for_rounding
-from d2v_composer.system.errors import InputError, errors_of, reading
+from d2v_composer.system.errors import InputError, errors_of
 from d2v_composer.system.files import out_file
 
 OPSET = 18
 MAX_ONNX = 2_000_000_000  # bytes of weights in a file
-# What becomes int8.
-QUANTIZED_OPS = ["Conv", "Gemm", "MatMul"]
-# How a file says that its program takes pixels.
-PIXELS = "uint8, (B, H, W, channels)"
-# The files in a .pt2 file that hold the values of :func:`metadata_of`.
-EXTRA_FILES = ("preprocessing.json", "embedding")
 
 
 def build_bias(alibi: Any, num_tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -81,56 +70,24 @@ def export_program(program: Program, path: Path) -> None:
         InputError: The file computes another embedding, or the student is too large.
         RunError: The disk is full.
     """
-    metadata = metadata_of(program.student, program.embedding, program.takes_pixels)
+    metadata = metadata_of(program)
     with out_file(path) as partial, errors_of(str(path), InputError):
-        (write_onnx if path.suffix == ".onnx" else write_archive)(program, partial, metadata)
-        load = next(runtime.load for runtime in RUNTIMES.values() if runtime.suffix == path.suffix)
+        write, run = (write_onnx, run_onnx) if path.suffix == ".onnx" else (write_archive, run_archive)
+        write(program, partial, metadata)
         inputs = program.example(1)
         inputs = torch.randint_like(inputs, 256) if program.takes_pixels else torch.randn_like(inputs)
-        outputs = torch.from_numpy(load(str(partial))(inputs.numpy()))
-        if not is_equal_but_for_rounding(outputs, program.compute(program.original, inputs)):
+        if not is_equal_but_for_rounding(run(partial, inputs), program.compute(program.original, inputs)):
             raise InputError("the exported model's embeddings differ from the student's, so the file was not written")
 
 
-def metadata_of(student: Backbone, embedding: str, takes_pixels: bool) -> dict[str, str]:
-    """Return the metadata of a student's program: ``preprocessing``, as JSON, and ``embedding``, a name."""
-    config = student.encoder.config
+def metadata_of(program: Program) -> dict[str, str]:
+    """Return what an exported file says of itself: ``preprocessing``, as JSON, and ``embedding``, a name."""
+    config = program.student.encoder.config
     preprocessing = {name: getattr(config, name) for name in config.preprocessing}
-    if takes_pixels:
+    if program.takes_pixels:
         del preprocessing["image_mean"], preprocessing["image_std"]
-        preprocessing["inputs"] = PIXELS
-    return {"preprocessing": json.dumps(preprocessing), "embedding": embedding}
-
-
-def read_metadata(path: Path, student: Backbone) -> tuple[str, bool, bool]:
-    """Return the name of an exported file's embedding, whether the file is int8, and whether it takes uint8 pixels.
-
-    Raises:
-        InputError: The file cannot be read, or was not exported from this student.
-    """
-    stored, is_int8 = {"embedding": ""}, False
-    with reading(path):
-        if path.suffix == ".onnx":
-            import onnx
-
-            model = onnx.load(path)
-            stored |= {entry.key: entry.value for entry in model.metadata_props}
-            is_int8 = any(node.op_type == "DequantizeLinear" for node in model.graph.node)
-        elif path.suffix == ".pt2":
-            torch.export.load(path, extra_files=(stored := dict.fromkeys(EXTRA_FILES, "")))
-            stored["preprocessing"] = stored[EXTRA_FILES[0]]
-        elif path.suffix == ".safetensors":
-            stored = metadata_of(load_student(path), EMBEDDING, takes_pixels=False)
-    if (embedding := stored["embedding"]) not in (EMBEDDING, *student.raw_names):
-        raise InputError(f"{path} must be an .onnx, .pt2 or .safetensors file that d2v export wrote from this student")
-    takes_pixels = PIXELS in stored["preprocessing"]
-    expected = metadata_of(student, embedding, takes_pixels)["preprocessing"]
-    if stored["preprocessing"] != expected:
-        raise InputError(
-            f"{path}: its preprocessing is {stored['preprocessing']}, but the student's preprocessing is {expected}; "
-            "--student must name the student that was exported"
-        )
-    return embedding, is_int8, takes_pixels
+        preprocessing["inputs"] = "uint8, (B, H, W, channels)"
+    return {"preprocessing": json.dumps(preprocessing), "embedding": program.embedding}
 
 
 def write_onnx(program: Program, path: Path, metadata: dict[str, str]) -> None:
@@ -162,12 +119,26 @@ def write_onnx(program: Program, path: Path, metadata: dict[str, str]) -> None:
     onnx.save(traced.model_proto, path)  # torch would write weights beside it
 
 
+def run_onnx(path: Path, inputs: Tensor) -> Tensor:
+    """Compute the embeddings of a program that :func:`write_onnx` wrote, in onnxruntime."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=onnxruntime.get_available_providers())
+    [outputs] = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
+    return torch.as_tensor(outputs)
+
+
 def write_archive(program: Program, path: Path, metadata: dict[str, str]) -> None:
     """Write a program as a .pt2 file for ``torch.export.load``, with the values of ``metadata`` as extra files."""
     archive = io.BytesIO()  # on a full disk, the writer of torch 2.13 would abort the process
-    extra: Any = dict(zip(EXTRA_FILES, metadata.values(), strict=True))
+    extra: Any = {"preprocessing.json": metadata["preprocessing"], "embedding": metadata["embedding"]}
     torch.export.save(trace(program), archive, extra_files=extra)
     path.write_bytes(archive.getbuffer())
+
+
+def run_archive(path: Path, inputs: Tensor) -> Tensor:
+    """Compute the embeddings of a program that :func:`write_archive` wrote."""
+    return torch.export.load(path).module()(inputs)
 
 
 def trace(program: Program) -> torch.export.ExportedProgram:
@@ -178,39 +149,3 @@ def trace(program: Program) -> torch.export.ExportedProgram:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Unable to find the path of the module")  # timm's, and it does not matter
         return torch.export.export(program, (inputs,), dynamic_shapes={"inputs": free}, strict=False)
-
-
-def quantize(program: Path, out: Path, images: Tensor) -> None:
-    """Quantize an ONNX program: linear layers and convolutions get int8 weights and uint8 activations.
-
-    Args:
-        program: File of the program in float32.
-        out: The file to write.
-        images: Inputs of the program, (N, …), from which the ranges of the activations are found.
-
-    Raises:
-        RunError: The disk is full.
-    """
-    import onnx
-    from onnxruntime.quantization import QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    feeds = ({"images": batch.numpy()} for batch in images.split(32))
-    reader: Any = SimpleNamespace(get_next=lambda: next(feeds, None))
-    with tempfile.TemporaryDirectory() as folder, out_file(out) as partial:
-        prepared = Path(folder) / "prepared.onnx"
-        quant_pre_process(program, prepared, skip_symbolic_shape=True)
-        graph = onnx.load(prepared).graph
-        weights = {tensor.name for tensor in graph.initializer}
-        quantize_static(
-            prepared,
-            partial,
-            reader,
-            op_types_to_quantize=QUANTIZED_OPS,
-            # Not attention's products of two activations. (The option MatMulConstBOnly has no effect in this format.)
-            nodes_to_quantize=[node.name for node in graph.node if weights.intersection(node.input)],
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            extra_options={"OpTypesToExcludeOutputQuantization": QUANTIZED_OPS},
-        )

@@ -184,8 +184,6 @@ WRITERS = (
     "random-teacher base OUT",
     "report OUT",
     TRAINS,
-    "verify OUT",
-    "verify o.onnx --kit OUT",
 )
 
 
@@ -201,9 +199,7 @@ def test_no_place_is_refused(writer: str, out: str, photos: Path, tmp_path: Path
     """Promises 7 and 18: an empty place, as of an unset variable, or a root, is one line; nothing of this
     folder is touched.
     """
-    write_files(
-        tmp_path, {"shard.00007.mds": b"of another data set", "o.npy": b"", "o.onnx": b"", "o.safetensors": b""}
-    )
+    write_files(tmp_path, {"shard.00007.mds": b"of another data set", "o.npy": b""})
     (tmp_path / "quickstart").write_bytes((ROOT / "yamls" / "quickstart.yaml").read_bytes())
     before = contents_of(tmp_path)
     words = [word.replace("TEACHER", TEACHER).replace("OUT", out) for word in writer.split()]
