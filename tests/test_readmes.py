@@ -29,6 +29,7 @@ from d2v_composer.models import precision
 from d2v_composer.system import fetch
 from d2v_composer.system.errors import InputError
 from helpers import ROOT
+from recipes import benchmark
 from recipes.ablations import Ablations
 
 FOLDERS = (".github", "recipes", "yamls", "tests", "d2v_composer")
@@ -131,14 +132,14 @@ def problems(program: str, argv: Sequence[str]) -> Iterator[str]:
             load([str(ROOT / given), *arguments[is_yaml:]])
         elif name == "ablations.py":
             changes = [word for word in Ablations.parse(arguments).given if "=" in word]
+        elif name == "benchmark.py":
+            benchmark.parser.parse_args(arguments)  # exits for a slip
         elif name in POSITIONALS:
             if len(arguments) not in POSITIONALS[name]:
                 yield f"expected MODEL SOURCE OUT, got {arguments}"
         elif (name := name.replace("ray_convert.py", "convert-images")) in COMMANDS:
-            kinds = reference.commands_in(name, f"d2v_composer/commands/{name.replace('-', '_')}.py")
-            if name not in kinds:
-                name, arguments = f"{name} {arguments[0]}", arguments[1:]
-            changes = getattr(kinds[name].parse(arguments), "changes", ())
+            kind = reference.find_command(f"d2v_composer/commands/{name.replace('-', '_')}.py")
+            changes = getattr(kind.parse(arguments), "changes", ()) if kind is not None else ()
         else:
             yield f"no command {name}"
         if changes:
