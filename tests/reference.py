@@ -48,12 +48,11 @@ failure while running; 130 after Ctrl-C, 143 after SIGTERM.
 """
 
 
-def commands_in(name: str, file: str) -> dict[str, type[Command]]:
-    """Return the class of a command, or of each command in it; none if its arguments are a YAML's."""
+def find_command(file: str) -> type[Command] | None:
+    """Return the class of a command; ``None`` if its arguments are a YAML's."""
     module = import_module(file.removesuffix(".py").replace("/", "."))
-    inner = {f"{name} {benchmark}": kind for benchmark, kind in getattr(module, "BENCHMARKS", {}).items()}
     own = vars(module).get(Path(file).stem.title().replace("_", ""))
-    return inner or ({name: own} if isinstance(own, type) and issubclass(own, Command) else {})
+    return own if isinstance(own, type) and issubclass(own, Command) else None
 
 
 def fields_page() -> str:
@@ -95,9 +94,8 @@ def describe(command: str, file: str) -> Iterator[str]:
     yield f"## {command}\n\n{text}"
     # Other recipes import Composer, and have no options that their text does not name.
     if command.startswith("d2v") or "ablations" in command:
-        for name, kind in commands_in(command, file).items():
-            yield from [f"### {name}\n"] * (name != command)
-            yield from table(kind)
+        kind = find_command(file)
+        yield from table(kind) if kind is not None else ()
 
 
 def table(kind: type[Command]) -> Iterator[str]:

@@ -18,7 +18,7 @@ LEVELS = [
     ("config",),
     ("callbacks", "embedding", "report", "training_data"),
     ("export", "runs"),
-    ("benchmarks", "d2v_composer/__init__.py", "timm_models"),
+    ("d2v_composer/__init__.py", "timm_models"),
     ("commands",),
     ("recipes",),
 ]

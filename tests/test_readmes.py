@@ -95,7 +95,7 @@ def test_dotted_keys_exist(page: Path) -> None:
 # Script → how many arguments it may have.
 POSITIONALS = {"ray_embed.py": (3, 4), "embed_onnx.py": (3,)}
 # Scripts whose parser is a public name.
-PARSERS = ("detect.py",)
+PARSERS = ("benchmark.py", "detect.py")
 # Suffix of a file → its lines of shell.
 SHELL = {
     ".md": r"^```(?:sh|bash|console)\n((?s:.*?))^```",
@@ -137,10 +137,8 @@ def problems(program: str, argv: Sequence[str]) -> Iterator[str]:
         elif name in PARSERS:
             runpy.run_path(str(ROOT / "recipes" / name))["parser"].parse_args(arguments)
         elif (name := name.replace("ray_convert.py", "convert-images")) in COMMANDS:
-            kinds = reference.commands_in(name, f"d2v_composer/commands/{name.replace('-', '_')}.py")
-            if name not in kinds:
-                name, arguments = f"{name} {arguments[0]}", arguments[1:]
-            changes = getattr(kinds[name].parse(arguments), "changes", ())
+            kind = reference.find_command(f"d2v_composer/commands/{name.replace('-', '_')}.py")
+            changes = getattr(kind.parse(arguments), "changes", ()) if kind is not None else ()
         else:
             yield f"no command {name}"
         if changes:

@@ -28,7 +28,6 @@ COMMANDS = {
     "search": "find the samples in an index that are nearest to a query, or near-duplicates",
     "align": "map a student's embeddings to the space of an index or of another model",
     "merge": "merge the parts of a conversion or of embeddings",
-    "benchmark": "measure the speed of training, data loading and retrieval against baselines",
 }
 
 

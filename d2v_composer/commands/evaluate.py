@@ -28,10 +28,10 @@ def main(argv: Sequence[str]) -> None:
 
     import torch
 
-    from d2v_composer.benchmarks import measure_speeds
     from d2v_composer.config.load import load_evaluate_config
     from d2v_composer.data import modality_of
     from d2v_composer.evaluation.evaluate import check_replaceable
+    from d2v_composer.evaluation.speed import measure_speeds
     from d2v_composer.models.backbone import hash_weights
     from d2v_composer.models.precision import choose_precision
     from d2v_composer.report.tables import evaluation_tables

@@ -5,12 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2v_composer.benchmarks.step import SMALL
 from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.commands import random_teacher
-from d2v_composer.models.configs import RELEASED
+from d2v_composer.models.configs import RELEASED, ImageEncoderConfig, TeacherConfig
 from d2v_composer.system.errors import InputError
 from helpers import slow
+
+SMALL = TeacherConfig(
+    encoder=ImageEncoderConfig(embed_dim=192, num_heads=6, num_extra_tokens=1, image_size=32, patch_size=4),
+    depth=6,
+    average_top_k_layers=6,
+)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ import simplejpeg
 import torch
 
 from d2v_composer import (
-    benchmarks,
     knn_accuracy,
     linear_probe_accuracy,
     load_teacher,
@@ -27,6 +26,7 @@ from d2v_composer import (
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands import evaluate as evaluate_command
 from d2v_composer.config.reference import load_any
+from d2v_composer.evaluation import speed
 from d2v_composer.evaluation.metrics.retrieval import retrieval_from
 from d2v_composer.evaluation.results import Result, accuracy_interval, gap_closed, gap_closed_by_step
 from d2v_composer.evaluation.rows import GAP, metric_key
@@ -146,7 +146,7 @@ def evaluated(rivals: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
 
     tables = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmarks, "interleave", measure)
+        patch.setattr(speed, "interleave", measure)
         for name, model in {**rivals, "rivals": GOLDEN / "tiny_base.pt"}.items():
             options = [f"rivals=[{','.join(map(str, rivals.values()))}]"] if name == "rivals" else []
             sets, out = f"datasets={{noise: {{format: mds, root: {folder}}}}}", folder / name

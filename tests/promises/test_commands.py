@@ -40,7 +40,7 @@ from helpers import (
 
 TEACHER = GOLDEN / "tiny_base.pt"
 D2V_SCRIPT = Path(sys.executable).with_name("d2v")
-COMMANDS = ["distill", "train", "init", "evaluate", "export", "embed", "report", "fields", "benchmark"]
+COMMANDS = ["distill", "train", "init", "evaluate", "export", "embed", "report", "fields"]
 COMMANDS += ["convert-teacher", "random-teacher", "convert-images", "convert-audio"]
 RECIPES = ("train", "finetune", "ablations")
 

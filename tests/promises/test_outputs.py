@@ -172,7 +172,6 @@ EVALUATES = "evaluate model=TEACHER out=OUT"
 TRAINS = "train quickstart save_folder=OUT"
 WRITERS = (
     "align TEACHER photos OUT --index o.npy",
-    "benchmark step --json OUT",
     "convert-audio photos OUT",
     "convert-images photos OUT --labels none",
     "convert-teacher TEACHER OUT",
