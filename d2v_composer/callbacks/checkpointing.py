@@ -88,9 +88,6 @@ class Checkpoints(Callback):
 
     Attributes:
         best: With ``save_best``, the highest ``metrics/mean/top1`` so far, kept in checkpoints; -1 if there is none.
-
-    Raises:
-        InputError: Another run uses the folder, or the folder has files that are not this run's, or cannot be written.
     """
 
     def __init__(
@@ -179,11 +176,7 @@ class Checkpoints(Callback):
             prune_store(uploads.address, checkpoint.name, self.num_to_keep)
 
     def _agree(self, state: State) -> None:
-        """Set ``stop.signal`` on all ranks if a signal has reached any rank.
-
-        Raises:
-            RunError: The run's folder or its lock file was removed.
-        """
+        """Set ``stop.signal`` on all ranks if a signal has reached any rank."""
         is_removed = self.lock is not None and self.lock.is_removed()
         code = REMOVED if is_removed else STOPS.index(processes.received())
         if dist.get_world_size() > 1:
@@ -202,10 +195,6 @@ class Checkpoints(Callback):
 
         Without a checkpoint in the folder, the log is deleted. If the store lacks the folder's newest checkpoint, the
         newest and the best checkpoint are uploaded.
-
-        Raises:
-            InputError: The store cannot be listed.
-            RunError: The store cannot be written.
         """
         with rank_zero_first("save_folder"):
             if self.folder is not None and self.lock is not None:

@@ -187,11 +187,7 @@ class Uploads(LoggerDestination):
         self.tasks.append(self.thread.submit(run))
 
     def wait(self) -> None:
-        """Wait for all uploads.
-
-        Raises:
-            RunError: An upload failed.
-        """
+        """Wait for all uploads."""
         while self.tasks:
             self.tasks.pop(0).result()
 

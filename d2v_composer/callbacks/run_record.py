@@ -50,23 +50,14 @@ class RunRecord(Callback):
         return {"record": self.record}
 
     def load_state_dict(self, state: Record) -> None:
-        """Check the record of the checkpoint from which the run resumes.
-
-        Raises:
-            InputError: A fixed key has changed.
-        """
+        """Check the record of the checkpoint from which the run resumes."""
         if changes := self.changes(state["record"]):
             raise InputError(
                 f"{changes}; undo the changes, or start a new run with another save_folder and without load_path"
             )
 
     def changes(self, before: Record, keys: Sequence[str] = ()) -> str:
-        """Return a line about all changes since an earlier record, or '' if nothing has changed.
-
-        Args:
-            before: The earlier record.
-            keys: Dotted keys to compare; default: the fixed keys.
-        """
+        """Return a line about all changes since an earlier record, or '' if nothing has changed."""
         records = hide_secrets(before), self.record
         groups = (find_changes(key, *(value_at(record, key) for record in records)) for key in keys or self.fixed)
         return "; ".join(change for changes in groups for change in changes)

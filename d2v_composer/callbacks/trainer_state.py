@@ -25,15 +25,7 @@ def has_ended(state: State) -> bool:
 
 
 def due_every(interval: str, final_events: Set[Event] = frozenset()) -> Callable[[State, Event], bool]:
-    """Return a function that, given the state and an event, returns True at the end of each interval.
-
-    Args:
-        interval: Length of the interval, a Composer time string.
-        final_events: Events for which the function also returns True at the end of the run.
-
-    Raises:
-        ValueError: The interval is not a positive duration.
-    """
+    """Return a function that, given the state and an event, returns True at the end of each interval."""
     if not isinstance(interval, str) or Time.from_timestring(interval).value <= 0:
         raise ValueError(f"interval must be a positive duration such as '100ba', got {interval!r}")
     return create_interval_scheduler(interval, checkpoint_events=False, final_events=set(final_events))

@@ -90,13 +90,7 @@ class Checkpoint(NamedTuple):
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read and verify a run's checkpoint, without running code in the file.
-
-    Raises:
-        CorruptCheckpointError: The file is truncated or corrupt.
-        InputError: The file cannot be read, does not have the form of a run's checkpoint, or has a weight that is not
-            finite.
-    """
+    """Read and verify a run's checkpoint, without running code in the file."""
     check_archive(path, CorruptCheckpointError)
     foreign = f"{path} is not a checkpoint of a d2v_composer run"
     try:
@@ -121,9 +115,6 @@ def read_newest(path: Path, read: Callable[[Path], ReadT]) -> ReadT:
     """Call ``read`` with the resolved path of a run's file, and return the result.
 
     If ``read`` fails because the run has replaced the file meanwhile, try again.
-
-    Raises:
-        InputError, OSError: ``read`` raised this error in the last attempt.
     """
     for attempt in range(READ_ATTEMPTS):
         with reading(path):
@@ -138,11 +129,7 @@ def read_newest(path: Path, read: Callable[[Path], ReadT]) -> ReadT:
 
 
 def fetch_model(path: str | Path) -> Path:
-    """Return the local path of a model's file; a remote file is downloaded to the cache.
-
-    Raises:
-        InputError: The file is missing or cannot be fetched, or ``path`` is a run's folder.
-    """
+    """Return the local path of a model's file; a remote file is downloaded to the cache."""
     with reading(path):
         if not is_remote(path) and (newest := Path(path) / LATEST).exists():
             raise InputError(f"{path} is the folder of a run, not a model's file; its newest checkpoint is {newest}")
@@ -150,13 +137,7 @@ def fetch_model(path: str | Path) -> Path:
 
 
 def newest_first(names: Iterable[str], pointed_at: str | None = None) -> list[str]:
-    """Return those of ``names`` that are names of checkpoints, newest first.
-
-    Args:
-        names: Names of any files.
-        pointed_at: Name of the file at which ``latest-rank0.pt`` points. If this file is a checkpoint, newer
-            checkpoints are left out.
-    """
+    """Return those of ``names`` that are names of checkpoints, newest first."""
     # The run was restarted before the checkpoints that are newer than the pointer's target.
     checkpoints = sorted(filter(CHECKPOINT_NAME.fullmatch, names), key=_age, reverse=True)
     if pointed_at is None or not CHECKPOINT_NAME.fullmatch(pointed_at):
@@ -173,9 +154,6 @@ def stored_checkpoints(address: str) -> list[str]:
     """Return the names of a run's checkpoints in a store, newest first; [] if the store has no pointer file.
 
     Checkpoints newer than the one that the pointer file names are left out.
-
-    Raises:
-        InputError: The store cannot be read, or the folder at ``address`` holds only foreign files.
     """
     try:
         names = retry(lambda: list_names(address), address, RETRY_SECONDS)
@@ -192,15 +170,7 @@ def stored_checkpoints(address: str) -> list[str]:
 
 
 def download_checkpoint(address: str, path: Path) -> None:
-    """Download a checkpoint to ``path``, where it replaces an older file.
-
-    Args:
-        address: Address of the checkpoint. In a store, ``latest-rank0.pt`` stands for the newest checkpoint.
-        path: Local path of the file to write.
-
-    Raises:
-        InputError: The checkpoint does not exist or cannot be read.
-    """
+    """Download a checkpoint to ``path``, where it replaces an older file."""
     if download(address, path):
         return
     target = _read_pointer(f"{address}.symlink")
@@ -216,11 +186,7 @@ def _read_pointer(address: str) -> str | None:
 
 
 def download(address: str, path: Path) -> bool:
-    """Download a run's file; return False if the file does not exist.
-
-    Raises:
-        InputError: The file cannot be read.
-    """
+    """Download a run's file; return False if the file does not exist."""
     try:
         return download_existing(address, path)
     except Exception as error:

@@ -40,17 +40,8 @@ DEPTH = TOP_K = 8
 def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> tuple[Data2Vec2, list[str]]:
     """Build a teacher from a fairseq checkpoint, without running code in the file.
 
-    Args:
-        path: The checkpoint's path or address, for messages and for the teacher's provenance.
-        file: The local file.
-        weights: ``model``, or ``ema`` for the exponential moving average.
-
     Returns:
         The teacher, and the names of the tensors that are left out because only pre-training uses them.
-
-    Raises:
-        InputError: The file is corrupt, is not a supported pre-trained checkpoint, or lacks a tensor or the EMA
-            weights.
     """
     checkpoint = load_untrusted(file)
     stored, sizes = _section(checkpoint, "model"), _section(_section(checkpoint, "cfg"), "model")
@@ -120,16 +111,7 @@ def _fields(section: Record) -> Record:
 
 
 def _read_config(kind: type[Any], model: Record, section: Record) -> TeacherConfig:
-    """Convert a fairseq config to a teacher's config, with data2vec's defaults for missing fields.
-
-    Args:
-        kind: Class of the encoder's config.
-        model: Fields of the file's ``cfg["model"]``.
-        section: Fields of the encoder's section in ``cfg["model"]["modalities"]``.
-
-    Raises:
-        ValueError: The teacher is not supported.
-    """
+    """Convert a fairseq config to a teacher's config, with data2vec's defaults for missing fields."""
     if model.get("layer_norm_first"):
         raise ValueError("pre-norm models (layer_norm_first: true) are not supported")
     alibi_kind = section.get("alibi_dims", 2), section.get("alibi_distance", "manhattan"), section.get("learned_alibi")
@@ -152,11 +134,7 @@ def _read_config(kind: type[Any], model: Record, section: Record) -> TeacherConf
 
 
 def load_data2vec2(path: str | Path, weights: Weights) -> Data2Vec2:
-    """Load a frozen data2vec 2.0 or EAT teacher; see :func:`~d2v_composer.checkpoints.load.load_teacher`.
-
-    Raises:
-        InputError: The file does not exist, is not a supported teacher, or does not have the chosen weights.
-    """
+    """Load a frozen data2vec 2.0 or EAT teacher; see :func:`~d2v_composer.checkpoints.load.load_teacher`."""
     file = fetch_model(path)
     if not is_safetensors(file):
         teacher, _ = read_fairseq_checkpoint(path, file, weights)
@@ -187,23 +165,8 @@ def convert_teacher(
 ) -> tuple[Data2Vec2, list[str]]:
     """Convert a fairseq checkpoint to a safetensors file.
 
-    Args:
-        source: Path or address of the checkpoint.
-        out: The file to write.
-        weights: The weights to keep: ``model``, or ``ema`` for the exponential moving average.
-        dtype: Dtype of the stored tensors.
-        license: Text on the weights' license for the file's metadata; default: the text in ``LICENSES``.
-        embedding: Name of the pooled features that are the teacher's embedding, such as ``output_cls``; default: the
-            last block's output with the encoder's default pooling.
-        spectrogram: For EAT: ``target_length`` in frames, by default the file's; ``log_mel_mean`` and ``log_mel_std``,
-            by default AudioSet's.
-
     Returns:
         The teacher, and the names of the tensors that are left out because only pre-training uses them.
-
-    Raises:
-        InputError: The checkpoint does not exist, is not a supported teacher, or does not fit an argument.
-        RunError: ``out`` cannot be written.
     """
     file = fetch_model(source)
     if is_safetensors(file):

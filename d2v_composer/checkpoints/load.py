@@ -96,16 +96,7 @@ def load_teacher(
 
 
 def load_same_teacher(source: str, record: Record, **options: Json) -> Teacher:
-    """Load a teacher, and check that the student with this record was distilled from the same teacher.
-
-    Args:
-        source: The argument ``path`` of :func:`load_teacher`, or ``options["model"]`` in place of ``None``.
-        record: The record of the run that distilled the student.
-        **options: Further arguments of :func:`load_teacher`.
-
-    Raises:
-        InputError: The teacher cannot be loaded, or is not the student's.
-    """
+    """Load a teacher, and check that the student with this record was distilled from the same teacher."""
     teacher = load_teacher(None if source == options.get("model") else source, **options)
     if not is_teacher_of(record, teacher.provenance):
         found, expected = teacher.provenance["sha256"], value_at(record, "teacher.sha256")
@@ -115,11 +106,7 @@ def load_same_teacher(source: str, record: Record, **options: Json) -> Teacher:
 
 
 def load_external(path: str | Path | None, model: str) -> Teacher:
-    """Load the teacher ``ext/NAME`` by calling a function of an installed package with ``path``.
-
-    Raises:
-        InputError: No package offers this teacher, or several do; or the package fails, or returns no teacher.
-    """
+    """Load the teacher ``ext/NAME`` by calling a function of an installed package with ``path``."""
     name = model.removeprefix(PACKAGE_PREFIX)
     with errors_of("model"):
         entry = find_entry_point(ENTRY_POINTS, name)
@@ -308,9 +295,6 @@ def _load_teacher_of(record: Record, path: Path, teacher_path: str | None) -> Te
 
     Returns:
         The teacher; ``None``, after a warning, if the default fails and the student has its own encoder.
-
-    Raises:
-        InputError: The teacher at ``teacher_path``, or a teacher whose encoder the student shares, cannot be loaded.
     """
     options = dict(record["config"]["teacher"])
     trained_with, model = options.pop("checkpoint"), options["model"]

@@ -58,11 +58,7 @@ class ModelFile(NamedTuple):
     tensors: Tensors
 
     def expect(self, path: str | Path, kind: str) -> None:
-        """Check that the file holds a model of the kind ``kind``, a key of ``FORMAT_VERSIONS``.
-
-        Raises:
-            InputError: The file does not hold a model of this kind.
-        """
+        """Check that the file holds a model of the kind ``kind``, a key of ``FORMAT_VERSIONS``."""
         if self.kind != kind:
             description = f"a {self.kind} file" if self.kind in FORMAT_VERSIONS else "not a d2v_composer file"
             raise InputError(f"{path} is {description}; expected a {kind} file")
@@ -76,11 +72,7 @@ def write_model_file(
     tensors: Tensors,
     when_complete: Callable[[], object] = lambda: None,
 ) -> None:
-    """Write a model's file; call ``when_complete`` when the temporary file is complete, before it is renamed.
-
-    Raises:
-        RunError: The file cannot be written.
-    """
+    """Write a model's file; call ``when_complete`` when the temporary file is complete, before it is renamed."""
     metadata = {
         "format": f"d2v_composer.{kind}",
         "format_version": str(FORMAT_VERSIONS[kind]),
@@ -96,11 +88,7 @@ def write_model_file(
 
 
 def read_model_file(path: Path) -> ModelFile:
-    """Read any safetensors file.
-
-    Raises:
-        InputError: The file cannot be read or is corrupt, or its format version is not supported.
-    """
+    """Read any safetensors file."""
     with reading(path):
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -114,11 +102,7 @@ def read_model_file(path: Path) -> ModelFile:
 
 
 def parse_object(text: str | bytes) -> Record:
-    """Parse a JSON object of at most ``MAX_JSON`` characters or bytes.
-
-    Raises:
-        ValueError, AttributeError: The text is too long, or is not a JSON object.
-    """
+    """Parse a JSON object of at most ``MAX_JSON`` characters or bytes."""
     if len(text) > MAX_JSON:
         raise ValueError(f"its metadata has {len(text)} characters; the limit is {MAX_JSON}")
     return dict(json.loads(text).items())
@@ -131,11 +115,7 @@ def is_safetensors(path: Path) -> bool:
 
 
 def build_loaded(source: ModelName, build: Callable[[], ModuleT], tensors: Tensors) -> ModuleT:
-    """Build a model, and load ``tensors`` into the model.
-
-    Raises:
-        InputError: The tensors do not fit the model; see :func:`check_fits`.
-    """
+    """Build a model, and load ``tensors`` into the model."""
     check_fits(source, build, tensors)
     model = build()
     model.load_state_dict(tensors)
@@ -154,12 +134,7 @@ class _Unset(TorchFunctionMode):
 
 
 def check_fits(source: ModelName, build: Callable[[], nn.Module], tensors: Tensors) -> None:
-    """Check that ``tensors`` are exactly those of a model, without allocating memory for the model.
-
-    Raises:
-        InputError: The model cannot be built; or a tensor is missing or unknown, has the wrong shape, or does not hold
-            finite numbers.
-    """
+    """Check that ``tensors`` are exactly those of a model, without allocating memory for the model."""
     with reading(source), torch.device("meta"), _Unset():
         model = build()
         layout = {name: torch.empty(tensor.shape) for name, tensor in tensors.items()}
@@ -172,11 +147,7 @@ def check_fits(source: ModelName, build: Callable[[], nn.Module], tensors: Tenso
 
 
 def check_numbers(tensors: Tensors) -> None:
-    """Check that tensors hold finite floating-point numbers.
-
-    Raises:
-        ValueError: A tensor is not dense, not floating-point or not finite, or has too few numbers for its shape.
-    """
+    """Check that tensors hold finite floating-point numbers."""
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS or tensor.layout != torch.strided or tensor.is_meta:
             raise ValueError(f"tensor {name} is not a dense floating-point tensor")
@@ -193,11 +164,7 @@ def loading_fault(error: Exception) -> str:
 
 
 def read_config(config_class: type[ConfigT], sizes: Record) -> ConfigT:
-    """Validate the sizes in a file, and return them as a config.
-
-    Raises:
-        ValueError: A field is missing, or a value is wrong.
-    """
+    """Validate the sizes in a file, and return them as a config."""
     config = config_class(**sizes)
     if config.model_dump(mode="json") != sizes:
         raise ValueError("its sizes are incomplete")
@@ -215,11 +182,7 @@ def sizes_of(student: Backbone) -> Record:
 
 
 def read_sizes(source: ModelName, stored: Record) -> NetworkSizes | StudentSizes:
-    """Read the sizes that :func:`sizes_of` returned.
-
-    Raises:
-        InputError: ``stored`` does not have the sizes of a student.
-    """
+    """Read the sizes that :func:`sizes_of` returned."""
     with reading(source):
         return read_config(NetworkSizes if "network" in stored else StudentSizes, stored)
 
@@ -227,11 +190,7 @@ def read_sizes(source: ModelName, stored: Record) -> NetworkSizes | StudentSizes
 def build_student(
     source: ModelName, sizes: NetworkSizes | StudentSizes, tensors: Tensors, provenance: Record | None = None
 ) -> Backbone:
-    """Build a student from its sizes and tensors, in eval mode.
-
-    Raises:
-        InputError: The tensors do not fit the sizes; see :func:`check_fits`.
-    """
+    """Build a student from its sizes and tensors, in eval mode."""
 
     return build_loaded(source, partial(new_student, sizes, tensors, provenance), tensors).eval()
 
@@ -242,18 +201,7 @@ def new_student(
     provenance: Record | None = None,
     encoder: Encoder | None = None,
 ) -> Backbone:
-    """Build a student into which ``tensors`` can be loaded.
-
-    Args:
-        sizes: The student's sizes.
-        tensors: The student's tensors by name; they are not loaded.
-        provenance: The student's provenance.
-        encoder: The teacher's encoder, if the student is to share it; default: a new encoder.
-
-    Raises:
-        ValueError: ``sizes`` name a raw embedding that the student lacks, or only one of ``sizes`` and ``tensors`` has
-            an alignment.
-    """
+    """Build a student into which ``tensors`` can be loaded."""
     student: Backbone
     if isinstance(sizes, StudentSizes):
         student = Student(encoder or build_encoder(sizes.encoder), sizes.student, provenance)
@@ -277,11 +225,7 @@ def new_student(
 
 
 def from_timm(source: ModelName, sizes: NetworkSizes, tensors: Tensors, is_classifier: bool) -> Tensors:
-    """Return the tensors of an exported timm student under this package's names.
-
-    Raises:
-        InputError: The tensors do not fit the model.
-    """
+    """Return the tensors of an exported timm student under this package's names."""
     from d2v_composer.models.timm_network import classifier_prefixes, create_network  # timm takes seconds to import
 
     last = dict[str, Tensor]()
@@ -299,11 +243,7 @@ def from_timm(source: ModelName, sizes: NetworkSizes, tensors: Tensors, is_class
 
 
 def check_timm_outputs(source: ModelName, student: Backbone) -> None:
-    """Check that the installed timm computes what a student with a timm encoder computed at its export.
-
-    Raises:
-        InputError: The installed timm computes other outputs.
-    """
+    """Check that the installed timm computes what a student with a timm encoder computed at its export."""
     config = student.encoder.config
     if isinstance(config, TimmConfig) and config.outputs:
         with reading(source):

@@ -39,18 +39,6 @@ def find_newest(
 
     Truncated and corrupt checkpoints are skipped with a warning. Afterwards, ``latest-rank0.pt`` points at the returned
     checkpoint.
-
-    Args:
-        folder: The run's folder.
-        accept: Function that raises an exception if the run must not resume from a checkpoint.
-        resumes: If false, raise an error if the run has checkpoints.
-        uploads: Upload the returned checkpoint to the store if the checkpoint was in the local folder.
-
-    Raises:
-        InputError: The store cannot be read or holds only foreign files, a file is not a run's checkpoint, no
-            checkpoint of the run is complete, or the run has checkpoints although ``resumes`` is false.
-        Exception: ``accept`` raised an exception.
-        RunError: The store cannot be written.
     """
     pointer = folder.local / LATEST
     here = newest_first(
@@ -104,9 +92,6 @@ def share_newest(folder: RunFolder, resumes: bool, accept: Callable[[Checkpoint]
     """Bring the newest checkpoint to every node, and return it on every rank; return ``None`` for a new run.
 
     See :func:`find_newest` for the arguments and further errors.
-
-    Raises:
-        InputError: A node cannot get the checkpoint that node 0 has.
     """
     on_several_nodes = num_nodes() > 1
     newest, shared = None, [("", "")]

@@ -36,11 +36,7 @@ class Stub(dict[Any, Any]):
 
 
 def load_untrusted(path: Path) -> Any:
-    """Load any program's PyTorch file without running its code; its tensors are on the CPU, memory-mapped.
-
-    Raises:
-        InputError: The file cannot be read, is not a PyTorch file, or fails :func:`check_archive`.
-    """
+    """Load any program's PyTorch file without running its code; its tensors are on the CPU, memory-mapped."""
     check_archive(path)
     with _reading(path, InputError), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's advice to the file's author
@@ -55,17 +51,7 @@ def is_checkpoint(contents: object) -> bool:
 
 
 def check_archive(path: Path, kind: type[InputError] = InputError) -> None:
-    """Check the sizes, checksums and pickle of a PyTorch file.
-
-    Args:
-        path: The file.
-        kind: Class of the error to raise if the file can be read, but its contents are at fault.
-
-    Raises:
-        InputError: The file cannot be read.
-        kind: The file is not an archive as torch >= 1.6 writes it, is truncated or corrupt, or would take too much
-            time or memory.
-    """
+    """Check the sizes, checksums and pickle of a PyTorch file."""
     with _reading(path, kind):
         num_bytes = path.stat().st_size
         if num_bytes > LARGEST_FILE:
@@ -109,11 +95,7 @@ def fault_of(error: Exception) -> str:
 
 
 def _check_pickle(pickled: bytes) -> None:
-    """Check a pickle's instructions without building any object.
-
-    Raises:
-        ValueError: To read the pickle, torch would need too much time or memory.
-    """
+    """Check a pickle's instructions without building any object."""
     # For each object in the pickle: how many tuples it is made of.
     stack, marks, memo = list[int](), list[int](), dict[object, int]()
     for opcode, argument, _ in pickletools.genops(pickled):

@@ -25,12 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def write_state(state: State, path: Path, publish: Callable[[Path, Path], None]) -> None:
-    """Write a run's state to a partial file, which ``publish(partial, path)`` then renames on rank 0.
-
-    Raises:
-        FloatingPointError: A weight, or a number in the optimizer's state, is not finite.
-        RunError: The file cannot be written.
-    """
+    """Write a run's state to a partial file, which ``publish(partial, path)`` then renames on rank 0."""
     # A kill leaves a file that the next checkpoint replaces.
     partial = path.with_name("checkpoint.partial")
     with writing(path.parent):
@@ -101,12 +96,7 @@ def upload_checkpoint(path: Path, address: str) -> None:
 
 
 def upload_missing(folder: RunFolder) -> None:
-    """Upload a run's newest and best checkpoints; do nothing if the newest checkpoint is also the newest in the store.
-
-    Raises:
-        InputError: The store cannot be listed.
-        RunError: The store cannot be written.
-    """
+    """Upload a run's newest and best checkpoints; do nothing if the store has the newest already."""
     newest = Path(os.path.realpath(folder.local / LATEST))
     if folder.address is not None and newest.exists() and newest.name not in stored_checkpoints(folder.address)[:1]:
         if (best := newest.with_name(BEST)).exists():
@@ -115,11 +105,7 @@ def upload_missing(folder: RunFolder) -> None:
 
 
 def check_finite(checkpoint: dict[str, Any]) -> None:
-    """Check that the weights and the optimizer's state are finite; all ranks must call this function.
-
-    Raises:
-        FloatingPointError: A number is not finite on at least one rank.
-    """
+    """Check that the weights and the optimizer's state are finite; all ranks must call this function."""
     state = checkpoint["state"]
     tensors = named_tensors({part: state[part] for part in ("model", "optimizers")})
     mine = next((name for name, tensor in tensors if not tensor.isfinite().all()), None)

@@ -36,15 +36,7 @@ POOLINGS = {"token": "cls", "avg": "mean_patches"}
 
 
 def convert_to_timm(source: ModelName, student: Backbone) -> tuple[Record, Tensors]:
-    """Return a student's sizes and tensors for a file, after a check that timm computes the same outputs with them.
-
-    Args:
-        source: Name of the student in errors.
-        student: The student, with or without a classifier.
-
-    Raises:
-        InputError: timm cannot load the student, or computes other outputs.
-    """
+    """Return a student's sizes and tensors for a file, after a check that timm computes the same outputs with them."""
     import timm  # takes seconds
 
     from d2v_composer.models.timm_network import TimmBackbone

@@ -48,11 +48,7 @@ BIASES = ("attn.qkv.bias", "attn.q_bias", "attn.q_proj.bias")
 def load_timm_teacher(
     path: str | Path | None, model: str, first_blocks: int | None, image_size: ImageSize | str | None
 ) -> TimmTeacher:
-    """Load a frozen teacher ``timm/NAME``; see :func:`~d2v_composer.checkpoints.load.load_teacher`.
-
-    Raises:
-        InputError: The model cannot be a teacher, or its weights cannot be loaded.
-    """
+    """Load a frozen teacher ``timm/NAME``; see :func:`~d2v_composer.checkpoints.load.load_teacher`."""
     try:
         built = build_timm_model(model, image_size)
         config = teacher_config(model, built, first_blocks)
@@ -83,11 +79,7 @@ def load_timm_teacher(
 
 
 def fetch_pretrained(model: str, pretrained: Mapping[str, Json]) -> Path:
-    """Return the local path of timm's pretrained weights, from the Hugging Face hub or the local cache.
-
-    Raises:
-        InputError: timm has no weights for this model on the hub, or they are neither in the cache nor reachable.
-    """
+    """Return the local path of timm's pretrained weights, from the Hugging Face hub or the local cache."""
     repository, _, revision = str(pretrained.get("hf_hub_id") or "").partition("@")
     if not repository:
         raise InputError(f"{model}: timm has no pretrained weights for this model; set checkpoint to a file")
@@ -101,11 +93,7 @@ def fetch_pretrained(model: str, pretrained: Mapping[str, Json]) -> Path:
 
 
 def read_state_dict(file: Path) -> tuple[Tensors, Record]:
-    """Read a weight file's tensors, floating-point ones as float32, and its provenance if this package wrote the file.
-
-    Raises:
-        InputError: The file cannot be loaded without running code, or has no dict of tensors.
-    """
+    """Read a weight file's tensors, floating-point ones as float32, and its provenance if this package wrote it."""
     contents: Any
     if is_safetensors(file):
         _, _, provenance, contents = read_model_file(file)
@@ -127,9 +115,6 @@ def load_weights(built: TimmModule, model: str, stored: Tensors) -> bool:
 
     Returns:
         True if the model has a head that computes an embedding, as CLIP's does, and the file has the head's weights.
-
-    Raises:
-        Exception: The tensors are not weights of this model.
     """
     named = {WRAPPERS.sub("", name): tensor for name, tensor in stored.items()}
     if len(named) < len(stored):  # two weights with one name: one would silently win

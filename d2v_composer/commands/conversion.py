@@ -43,11 +43,6 @@ class Convert(Command):
     def convert(self, modality: "Modality", yaml: str, **options: Any) -> Any:
         """Convert the samples or, with ``--part``, a part of the samples, and print a report and the next commands.
 
-        Args:
-            modality: Modality of the samples.
-            yaml: Name of the YAML that the next commands train with.
-            **options: Further arguments of :func:`~d2v_composer.conversion.convert.convert`.
-
         Returns:
             The conversion; ``None`` if the part exists already.
         """

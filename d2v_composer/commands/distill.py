@@ -43,12 +43,7 @@ class Distill(Command):
     column: Column = None
 
     def run(self, argv: Sequence[str] | None = None) -> None:
-        """Prepare a run and train, or resume an interrupted run; then export the student.
-
-        Args:
-            argv: Arguments with which the command is started again, once for each GPU, if there are several GPUs;
-                ``None``: train in this process.
-        """
+        """Prepare a run and train, or resume an interrupted run; then export the student."""
         if any(change.startswith(("run_name=", "save_folder=")) for change in self.changes):
             raise InputError("run_name and save_folder: use --out instead")
 

@@ -78,9 +78,6 @@ def load_any(
     Returns:
         The student, and its teacher or ``None`` if the teacher is not known; if the model is a teacher, this teacher
         twice.
-
-    Raises:
-        InputError: A file cannot be loaded, or an argument does not apply to this kind of model.
     """
     from d2v_composer.checkpoints.load import load_models, load_teacher  # torch takes seconds to import
     from d2v_composer.models.teacher import Teacher

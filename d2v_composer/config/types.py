@@ -88,15 +88,7 @@ def check_file(address: str) -> None:
 
 
 def class_path(name: str, known: Mapping[str, str]) -> Any:
-    """Return 'module:class' of a callback or logger; ``None`` if no callback or logger has the name.
-
-    Args:
-        name: Name in the YAML, which may be ``ext/NAME``.
-        known: Name → 'module:class'.
-
-    Raises:
-        InputError: Two packages offer the name.
-    """
+    """Return 'module:class' of a callback or logger; ``None`` if no callback or logger has the name."""
     if name.startswith(PACKAGE_PREFIX):
         entry = find_entry_point(CALLBACKS_GROUP, name.removeprefix(PACKAGE_PREFIX))
         return entry and entry.value

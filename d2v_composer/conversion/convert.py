@@ -45,19 +45,7 @@ IMAGES = Images()  # a conversion does not resize images to a model's size
 
 
 def open_samples(source: str | Path, split: str | None = None, part: Part = ALL, **options: Json) -> Source:
-    """Open the images or the clips of a split.
-
-    Args:
-        source: A source of :func:`~d2v_composer.sources.open.open_source`; or ``cifar10:FOLDER`` for
-            CIFAR-10, which is downloaded to FOLDER if CIFAR-10 is missing.
-        split: See :meth:`Files.open_split <d2v_composer.sources.open.Files.open_split>`.
-        part: See :func:`~d2v_composer.sources.open.open_source`.
-        **options: Other arguments of :func:`~d2v_composer.sources.open.open_source`; by default, the samples are
-            images, and folders are classes.
-
-    Raises:
-        InputError: The samples cannot be opened.
-    """
+    """Open the images or the clips of a split."""
     if str(source).startswith(CIFAR10):
         return replace(_cifar10_images(Path(str(source).removeprefix(CIFAR10)), split or "train"), part=part)
     return open_source(str(source), split=split, part=part, **{"modality": IMAGES, "labels": None, **options})
@@ -82,10 +70,6 @@ def hold_out(source: Source, record: Path) -> tuple[dict[str, Source], int]:
 
     A tenth of the samples, chosen by hashes of their ids, but at most :data:`MAX_HELD_OUT`, and all copies of these
     samples are in ``test``; the remaining samples are in ``train``.
-
-    Args:
-        source: The samples.
-        record: The JSON file to which the SHA-256 hashes of the held-out contents are written.
 
     Returns:
         Split → samples; and the number of copies in ``test``.
@@ -209,11 +193,7 @@ def work_folder(out: str) -> Path:
 
 
 def _check_out(out: str, work: Path) -> None:
-    """Check that OUT, local or in a store, is missing, is empty or holds an interrupted conversion.
-
-    Raises:
-        InputError: OUT holds a finished data set or other files, or cannot be listed.
-    """
+    """Check that OUT, local or in a store, is missing, is empty or holds an interrupted conversion."""
     names = {*names_in(out)} - {work.name}
     if INDEX in names:
         shutil.rmtree(work, ignore_errors=True)  # if the conversion was killed after its index
@@ -248,24 +228,7 @@ def convert(
     plan: Record | None = None,
     **options: Json,
 ) -> Conversion:
-    """Write samples to the column ``image`` or ``audio`` of an MDS data set, and their labels, if any, to ``label``.
-
-    Args:
-        source: The samples; see :func:`open_samples`.
-        out: A folder, or an address in one of :data:`~d2v_composer.system.addresses.STORES`.
-        seed: The seed of the shuffle; samples are shuffled only if :attr:`Source.in_folders` is true.
-        workers: Number of worker processes.
-        shard_bytes: Approximate size of a shard, in bytes.
-        skip_unreadable: Skip unreadable samples.
-        plan: For a part, the result of :func:`~d2v_composer.conversion.parts.plan_of`; a part may have no samples.
-        **options: Options of :meth:`Images.encode <d2v_composer.data.images.Images.encode>` or of
-            :meth:`Audio.encode <d2v_composer.data.audio.Audio.encode>`.
-
-    Raises:
-        InputError: A sample is unreadable and not skipped, all samples are unreadable, or ``out`` holds other files, is
-            in use or cannot be listed.
-        RunError: The disk or the store fails, or a worker was killed.
-    """
+    """Write samples to the column ``image`` or ``audio`` of an MDS data set, and their labels, if any, to ``label``."""
     out = place_to_write(out)
     work, folder, unit = work_folder(out), Path(out), source.modality.unit
     _check_out(out, work)
@@ -315,12 +278,7 @@ def convert(
 
 
 def merge_shards(out: str) -> Conversion:
-    """Merge all parts into one MDS data set, without moving their shards.
-
-    Raises:
-        InputError: The parts are incomplete or do not fit each other, or ``out`` holds another data set.
-        RunError: The disk or the store fails.
-    """
+    """Merge all parts into one MDS data set, without moving their shards."""
     parts, entries = Parts(out), []
     records, is_local = parts.read_all(), not is_remote(out)
     for part in records:
@@ -358,17 +316,7 @@ def _write_json(out: str, work: Path | None, files: Record) -> None:
 
 @contextmanager
 def _published(out: str, name: str, work: Path | None) -> Iterator[Path]:
-    """Yield a local path, and move the file that the ``with`` block writes there to ``out``.
-
-    Args:
-        out: A folder, or its address in a store.
-        name: Name of the file in ``out``.
-        work: Folder for the temporary file, on the disk of ``out`` if ``out`` is local; ``None``: the system's
-            temporary folder.
-
-    Raises:
-        RunError: The disk or the store fails.
-    """
+    """Yield a local path, and move the file that the ``with`` block writes there to ``out``."""
     with writing(out), TemporaryDirectory(dir=work) as folder:
         path = Path(folder, name)
         yield path

@@ -55,11 +55,7 @@ class Parts:
         return f"{self.folder}/{part.name}{self.suffix}"
 
     def has(self, part: Part, plan: Record) -> bool:
-        """Return True if a part is finished; otherwise, check that the part can be made.
-
-        Raises:
-            InputError: The finished part does not have the given plan, or the folder OUT holds other files.
-        """
+        """Return True if a part is finished; otherwise, check that the part can be made."""
         if exists(f"{self.folder}/{part.name}{self._last}"):
             self._read(part, plan, "this command")
             return True
@@ -70,11 +66,7 @@ class Parts:
         return False
 
     def read_all(self) -> dict[Part, Record]:
-        """Return part → record, in order; check that all parts are finished.
-
-        Raises:
-            InputError: A part is missing or unreadable, or the parts do not fit each other.
-        """
+        """Return part → record, in order; check that all parts are finished."""
         pattern = re.compile(rf"(\d{{5,}})-of-(\d{{5,}}){re.escape(self._last)}")
         parts = sorted(Part(*map(int, match.groups())) for match in map(pattern.fullmatch, self.files) if match)
         if not parts:
@@ -108,11 +100,7 @@ class Parts:
 
     @staticmethod
     def load(address: str) -> Json:
-        """Return the content of a JSON file that this package wrote; ``None`` if the file is missing.
-
-        Raises:
-            InputError: The file cannot be read.
-        """
+        """Return the content of a JSON file that this package wrote; ``None`` if the file is missing."""
         with reading(address), TemporaryDirectory() as folder:
             path = fetch_if_remote(address, Path(folder))
             return read_json(path, Record) if path.exists() else None

@@ -22,9 +22,6 @@ def build_augmentation(loader: BaseModel, modality: Modality, seed: int, for_vie
     Args:
         loader: The config's section ``train_loader``.
         for_views: Build the augmentation for views.
-
-    Raises:
-        InputError: An option of another modality is set.
     """
     for name in sorted(frozenset().union(*(kind.options for kind in MODALITIES.values())) - modality.options):
         if (value := getattr(loader, name)) != type(loader).model_fields[name].default:

@@ -31,12 +31,7 @@ BLOCK = 1 << 18  # samples of each channel decoded at a time
 
 
 def open_clip(encoded: bytes, longest: int) -> soundfile.SoundFile:
-    """Read the header of an audio file of at most ``longest`` seconds.
-
-    Raises:
-        UnreadableSampleError: The file's format, channels, sample rate or length is not allowed, or an OGG file is
-            truncated.
-    """
+    """Read the header of an audio file of at most ``longest`` seconds."""
     file = soundfile.SoundFile(io.BytesIO(encoded))
     low, high = SAMPLE_RATES
     if file.format not in AUDIO_FORMATS:
@@ -58,11 +53,7 @@ def open_clip(encoded: bytes, longest: int) -> soundfile.SoundFile:
 
 
 def read_blocks(file: soundfile.SoundFile, count: int) -> Iterator[NDArray[np.float32]]:
-    """Decode the next ``count`` samples of a file to mono; yield blocks of at most ``BLOCK`` samples, (L,) float32.
-
-    Raises:
-        UnreadableSampleError: The file is truncated.
-    """
+    """Decode the next ``count`` samples of a file to mono; yield blocks of at most ``BLOCK`` samples, (L,) float32."""
     while count:
         block = file.read(min(count, BLOCK), dtype="float32", always_2d=True).mean(axis=1)
         if not len(block):
@@ -77,10 +68,6 @@ def read_span(file: soundfile.SoundFile, start: int, count: int) -> NDArray[np.f
     Args:
         start: Index of the first sample, at the file's rate.
         count: Number of samples, at the file's rate.
-
-    Raises:
-        UnreadableSampleError: The file is truncated, or the span has fewer than 720 samples at 16 kHz, values that are
-            not finite, or values beyond ±10.
     """
     if file.subtype == "VORBIS":  # libsndfile misses a place in the last page
         for _ in read_blocks(file, start):
@@ -123,9 +110,6 @@ class RandomCrop(NamedTuple):
 
         Returns:
             A random span of the clip, (at most ``longest``,) float32 at 16 kHz.
-
-        Raises:
-            UnreadableSampleError: The file cannot be decoded.
         """
         if isinstance(sample, Tensor):
             count = min(self.longest, max(round(self.max_share * len(sample)), MIN_LENGTH))
@@ -160,9 +144,6 @@ class Audio(Modality):
         """Keep a 16 kHz mono FLAC, WAV or OGG file of at most ``most_seconds``.
 
         Other clips are cut to ``most_seconds`` and converted to 16 kHz mono FLAC with 16 bits per sample.
-
-        Raises:
-            UnreadableSampleError: The clip cannot be decoded, or is silent.
         """
         with decoding(stored, source, KIND), open_clip(stored, MAX_SECONDS) as file:
             whole = read_span(file, 0, file.frames)

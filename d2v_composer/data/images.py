@@ -39,11 +39,7 @@ IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP", *sorted({*K
 
 
 def open_image(encoded: bytes) -> Image.Image:
-    """Read the header of an image file.
-
-    Raises:
-        UnreadableSampleError: The image has more than ``PIL.Image.MAX_IMAGE_PIXELS`` pixels.
-    """
+    """Read the header of an image file."""
     limit = Image.MAX_IMAGE_PIXELS
     try:
         image = Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS)
@@ -64,11 +60,7 @@ def turn_of(exif: bytes) -> Image.Transpose | None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Decode an image to upright RGB; 16-bit values become 8-bit.
-
-    Raises:
-        ValueError: The image has floating-point pixels, or pixel values below 0 or above 65,535.
-    """
+    """Decode an image to upright RGB; 16-bit values become 8-bit."""
     image.load()  # Pillow turns a TIFF
     if (turn := turn_of(image.info.get("exif", b""))) is not None:
         image = image.transpose(turn)
@@ -83,11 +75,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def decode_rgb(stored: bytes | Image.Image, source: str) -> Image.Image:
-    """Decode an image file, or a PIL image, to upright RGB; of an animation, decode the first frame.
-
-    Raises:
-        UnreadableSampleError: The image cannot be decoded.
-    """
+    """Decode an image file, or a PIL image, to upright RGB; of an animation, decode the first frame."""
     with decoding(stored, source, "an image"):
         return to_rgb(open_image(stored) if isinstance(stored, bytes) else stored)
 
@@ -141,11 +129,7 @@ class CuttableJpeg(NamedTuple):
         return None
 
     def crop(self, box: Box) -> np.ndarray:
-        """Return the decoded pixels in a box, (height, width, 3) uint8.
-
-        Raises:
-            UnreadableSampleError: The image cannot be decoded.
-        """
+        """Return the decoded pixels in a box, (height, width, 3) uint8."""
         encoded = self.encoded
         # A row's colors depend on at most the next two color samples, each of two rows.
         rows = box.bottom + 4
@@ -161,11 +145,7 @@ class CuttableJpeg(NamedTuple):
 
 
 def read_image(stored: bytes | Image.Image, source: str) -> CuttableJpeg | Image.Image:
-    """Return an image whose crops are RGB and upright.
-
-    Raises:
-        UnreadableSampleError: The image cannot be decoded.
-    """
+    """Return an image whose crops are RGB and upright."""
     jpeg = CuttableJpeg.parse(stored, source) if isinstance(stored, bytes) else None
     return jpeg or decode_rgb(stored, source)
 
@@ -173,11 +153,7 @@ def read_image(stored: bytes | Image.Image, source: str) -> CuttableJpeg | Image
 def resized_crop(
     image: CuttableJpeg | Image.Image, size: tuple[int, int], interpolation: str, box: Box | None = None
 ) -> Tensor:
-    """Resize a box of an image, by default the whole image, to (3, height, width) uint8.
-
-    Raises:
-        UnreadableSampleError: The image cannot be decoded.
-    """
+    """Resize a box of an image, by default the whole image, to (3, height, width) uint8."""
     # torch's filter is Pillow's with weights of 16, not 22, bits: five times as fast, and few values differ, by 1.
     pixels = np.require(image.crop(box or Box(0, 0, *image.size)), requirements="W")
     channels_first = torch.from_numpy(pixels).permute(2, 0, 1)

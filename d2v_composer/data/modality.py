@@ -105,12 +105,7 @@ class Modality(ABC):
 
 
 def read_sample_file(path: Path) -> bytes:
-    """Return the bytes of a sample's file.
-
-    Raises:
-        UnreadableSampleError: The file does not exist, is not a regular file, or is larger than 1 GiB.
-        OSError: The machine cannot read the file.
-    """
+    """Return the bytes of a sample's file."""
     if "\0" in str(path):
         raise UnreadableSampleError(f"{str(path)!r} is not a path")
     try:
@@ -128,11 +123,7 @@ def read_sample_file(path: Path) -> bytes:
 
 @contextmanager
 def decoding(stored: object, source: str, kind: str) -> Iterator[None]:
-    """Convert a decoder's error in a ``with`` block to one line that names the sample.
-
-    Raises:
-        UnreadableSampleError: The sample cannot be decoded.
-    """
+    """Convert a decoder's error in a ``with`` block to one line that names the sample."""
     try:
         yield
     except UnreadableSampleError as error:

@@ -64,9 +64,6 @@ def pairs_of_index(source: Source, index: VectorIndex, path: str, maximum: int) 
 
     Returns:
         The pairs, and the number of rows left out because they share an id with another row.
-
-    Raises:
-        InputError: No sample's id belongs to exactly one row.
     """
     names, places, counts = np.unique(index.ids, return_index=True, return_counts=True)
     rows = dict(zip(names[counts == 1].tolist(), places[counts == 1].tolist(), strict=True))
@@ -93,19 +90,7 @@ def pairs_of_model(source: Source, model: Backbone, maximum: int) -> Pairs:
 
 
 def align(model: Backbone, source: Source, pairs: Pairs, device: str, workers: int) -> Aligned:
-    """Give a model an alignment that is fitted to the embeddings of ``pairs``.
-
-    Args:
-        model: The model in eval mode, on the device.
-        source: The samples.
-        pairs: The samples to use, and the embeddings to fit.
-        device: cpu or cuda.
-        workers: Number of processes that decode samples.
-
-    Raises:
-        InputError: Too few samples can be read.
-        RunError: R² on held-out pairs is below ``LEAST_R2``.
-    """
+    """Give a model an alignment that is fitted to the embeddings of ``pairs``."""
     numbers, target, places, of = pairs
     size, unreadable, inputs, rows = source.modality.batch_size, dict[int, str](), list[Tensor](), list[Tensor]()
     batches = [numbers[first : first + size] for first in range(0, len(numbers), size)]

@@ -146,11 +146,6 @@ def embed_source(
         overwrite: Replace ``out`` if it exists.
         part: Record of the source's part, from :func:`record_of`; default: the source is whole.
         made_from: The fields ``reference``, ``source`` and ``column`` of :class:`IndexRecord`.
-
-    Raises:
-        InputError: A sample is unreadable and ``skip_unreadable`` is false, an embedding is not finite, ``out`` cannot
-            be written, another process writes ``out``, or an interrupted run had other settings.
-        RunError: The disk, the store, a shard, a worker or another rank fails.
     """
     out, rank = str(out), global_rank()
     place = source.root if is_remote(source.root) else Path(source.root).resolve()
@@ -196,11 +191,7 @@ def embed_source(
 def embed_batches(
     model: Backbone, source: Source, batches: Sequence[range], options: EmbeddingOptions, device: str, workers: int
 ) -> Iterator[tuple[NDArray, list[tuple[int, str]]]]:
-    """Yield, for each batch, the readable samples' embeddings, (B, D), and each unreadable sample's index and error.
-
-    Raises:
-        InputError: An embedding is not finite.
-    """
+    """Yield, for each batch, the readable samples' embeddings, (B, D), and each unreadable sample's index and error."""
     width = model.describe(options.embedding).width
     loaded = map_in_workers(partial(load_batch, source.decode), batches, workers, device == "cuda")
     for batch, (inputs, unreadable) in zip(batches, loaded, strict=True):
@@ -221,12 +212,7 @@ def record_of(model: Backbone, source: Source, part: Part, options: EmbeddingOpt
 
 @contextmanager
 def _sole_writer(out: str, folder: Path, lock: str = ".lock") -> Iterator[None]:
-    """Hold a lock in the folder of chunks while the ``with`` block runs.
-
-    Raises:
-        InputError: Another process holds the lock.
-        RunError: The disk is full or fails.
-    """
+    """Hold a lock in the folder of chunks while the ``with`` block runs."""
     with writing(folder), sole_user(folder / lock, LOCK_SECONDS) as alone:
         if not alone:
             raise InputError(
@@ -238,11 +224,7 @@ def _sole_writer(out: str, folder: Path, lock: str = ".lock") -> Iterator[None]:
 
 
 def check_ids(ids: Iterable[object]) -> None:
-    """Check that Parquet can store the ids of samples.
-
-    Raises:
-        InputError: An id cannot be encoded in UTF-8.
-    """
+    """Check that Parquet can store the ids of samples."""
     for name in map(str, ids):
         try:
             name.encode()
@@ -272,11 +254,7 @@ def _count(theirs: deque[_Chunk], bar: tqdm) -> None:
 
 
 def _wait(theirs: deque[_Chunk], bar: tqdm, folder: Path) -> None:
-    """Wait until the other ranks have embedded their samples.
-
-    Raises:
-        RunError: The other ranks have ended, and some of their chunks are missing.
-    """
+    """Wait until the other ranks have embedded their samples."""
     deadline = time.monotonic() + RANK_SECONDS
     while theirs:
         time.sleep(POLL_SECONDS)
@@ -306,12 +284,7 @@ def _check_plan(folder: Path, plan: Mapping[str, Json]) -> None:
 
 
 def merge_embeddings(out: str, *, overwrite: bool) -> Embedded:
-    """Merge all parts of ``out``, write ``out``, and keep the parts.
-
-    Raises:
-        InputError: A part is missing or damaged, the parts do not belong together, or ``out`` cannot be written.
-        RunError: The disk or the store fails.
-    """
+    """Merge all parts of ``out``, write ``out``, and keep the parts."""
     check_out(out, overwrite=overwrite)
     parts, folder = Parts(out), _partial_folder(out)
     records = parts.read_all()
@@ -326,11 +299,7 @@ def merge_embeddings(out: str, *, overwrite: bool) -> Embedded:
 
 
 def _read_part(address: str, record: Mapping[str, Json], folder: Path) -> Iterator[tuple[NDArray, NDArray]]:
-    """Yield the ids, (B,), and embeddings, (B, D), of a part, block by block.
-
-    Raises:
-        InputError: The part's files cannot be read, or do not match the hashes in the part's record.
-    """
+    """Yield the ids, (B,), and embeddings, (B, D), of a part, block by block."""
     is_array = address.endswith(".npy")
     with reading(address):
         files = [fetch_if_remote(path, folder) for path in ([ids_file(address)] if is_array else []) + [address]]
@@ -362,11 +331,7 @@ def _write_table(
     about: Mapping[str, Json],
     part: Mapping[str, Json] | None = None,
 ) -> None:
-    """Write ids and embeddings, move them to ``out``, and remove the folder of chunks.
-
-    Raises:
-        InputError: ``out`` cannot be written; see :func:`check_out`.
-    """
+    """Write ids and embeddings, move them to ``out``, and remove the folder of chunks."""
     complete, files = (folder := _partial_folder(out)) / "embeddings", {}
     if out.endswith(".npy"):
         shape, all_ids = (embedding.images, embedding.channels), list[NDArray]()
@@ -427,11 +392,7 @@ def _write_parquet(
 
 
 def check_out(out: str, *, overwrite: bool, part: Mapping[str, Json] | None = None) -> None:
-    """Check that embeddings can be written to ``out``.
-
-    Raises:
-        InputError: The suffix is neither .npy nor .parquet, or an output file cannot be written or replaced.
-    """
+    """Check that embeddings can be written to ``out``."""
     if not out.endswith(TABLE_SUFFIXES):
         raise InputError(f"{out} must end in {' or '.join(TABLE_SUFFIXES)}")
     outputs = [out]
@@ -481,10 +442,6 @@ def load_batch(
     decode: Callable[[int], Tensor], numbers: Sequence[int]
 ) -> tuple[tuple[Tensor, ...], list[tuple[int, str]]]:
     """Load a batch for :func:`embed_batch`.
-
-    Args:
-        decode: Function that decodes the sample with a given index, such as :meth:`Source.decode`.
-        numbers: Indices of the samples.
 
     Returns:
         The batch of readable samples, empty if there are none; and the index and error of each unreadable sample.

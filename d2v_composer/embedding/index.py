@@ -32,16 +32,7 @@ class VectorIndex(NamedTuple):
 
 
 def read_index(path: str) -> VectorIndex:
-    """Read what ``d2v embed`` writes: NAME.npy with NAME.ids.npy, or NAME.parquet with the columns id and embedding.
-
-    Args:
-        path: Path or address of the index.
-
-    Raises:
-        InputError: A file cannot be read, the embeddings have another shape or dtype, the numbers of ids and rows
-            differ, there are no rows, or a row contains NaN or has a largest magnitude that is neither 0 nor between
-            1e-9 and 1e15.
-    """
+    """Read what ``d2v embed`` writes: NAME.npy with NAME.ids.npy, or NAME.parquet with the columns id and embedding."""
     with reading(path):
         if path.endswith(".npy"):
             rows, stored = np.load(fetch(path), mmap_mode="r"), None

@@ -50,18 +50,8 @@ def embed_queries(
 ) -> tuple[list[Source], list[str], Tensor]:
     """Embed queries with the model that made an index, or with ``model``.
 
-    Args:
-        index: The index.
-        path: Path of the index, for errors.
-        queries: Sources of the queries; see :func:`~d2v_composer.sources.open.open_source`.
-        model: MODEL of ``d2v embed``; ``None``: the model that made the index.
-        device: cpu or cuda.
-
     Returns:
         The sources, the names of the queries, (Q,), and the embeddings of the queries, (Q, D).
-
-    Raises:
-        InputError: The model is unknown, cannot be loaded or embeds into another space, or a query is unreadable.
     """
     made_by, reference = index.made_by, dict[str, Any]()
     if made_by is not None:
@@ -122,11 +112,7 @@ def search(index: VectorIndex, names: Sequence[str], queries: Tensor, k: int) ->
 
 
 def search_row(index: VectorIndex, path: str, name: str, k: int) -> Found:
-    """Return the k rows nearest to the row whose id is ``name``, without that row.
-
-    Raises:
-        InputError: No row has the id, or several rows have the id.
-    """
+    """Return the k rows nearest to the row whose id is ``name``, without that row."""
     rows = np.flatnonzero(index.ids == name)
     if len(rows) != 1:
         raise InputError(

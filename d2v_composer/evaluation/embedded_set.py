@@ -81,11 +81,7 @@ def embed_set(
 
 
 def check_finite(dataset: str, embedded: Mapping[str, EmbeddedSet]) -> None:
-    """Check that all embeddings are finite.
-
-    Raises:
-        RunError: An embedding has infinite or NaN values.
-    """
+    """Check that all embeddings are finite."""
     for model, parts in embedded.items():
         for part, embeddings in parts.items():
             if not all(vectors.isfinite().all() for vectors in embeddings.values()):

@@ -111,9 +111,6 @@ class Evaluation:
         Args:
             device: Device of the models: cpu or cuda.
             autocast_dtype: Dtype of autocast; ``None``: compute in float32.
-
-        Raises:
-            RunError: An embedding has infinite or NaN values.
         """
         for modality, embeds in self.groups.items():
             datasets, augment = self.load(modality)
@@ -192,11 +189,7 @@ def read_evaluation(folder: Path, weights: str) -> dict[str, Any]:
 
 
 def check_replaceable(folder: Path, weights: str) -> None:
-    """Check that an evaluation's files can be written to a folder, and would replace only results of these weights.
-
-    Raises:
-        InputError: A file cannot be written, or a file exists in a folder without results of these weights.
-    """
+    """Check that an evaluation's files can be written to a folder, and would replace only results of these weights."""
     for path in (folder / f"evaluation.{suffix}" for suffix in ("json", "csv", "png", "html")):
         check_out_file(path)
         if os.path.lexists(path) and not read_evaluation(folder, weights):

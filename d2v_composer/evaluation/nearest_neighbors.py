@@ -48,9 +48,6 @@ def nearest_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
         bank: Vectors to search, (N, D), of any float dtype.
         queries: Vectors whose neighbors are searched, (Q, D), of any float dtype.
         k: Number of neighbors, from 1 to N.
-
-    Raises:
-        ValueError: k is out of range.
     """
     if not 1 <= k <= len(bank):
         raise ValueError(f"k must be from 1 to {len(bank)}, the number of bank samples; got {k}")
@@ -258,9 +255,6 @@ def nearest_others(images: Tensor, k: int = NUM_COMMON) -> Tensor:
     Args:
         images: Embeddings of all samples, (N, D).
         k: Number of neighbors, from 1 to N - 1.
-
-    Raises:
-        ValueError: k is out of range.
     """
     if not 1 <= k < len(images):
         raise ValueError(f"k must be from 1 to {len(images) - 1}, the number of other samples; got {k}")

@@ -66,9 +66,6 @@ class Row(NamedTuple):
             names: Names of the embeddings of the model that embeds the queries.
             headline: Name of the embedding that tables show.
             info: Description of the embedding of the model that embeds the queries, if known.
-
-        Raises:
-            ValueError: Tables can show none of the embeddings; see :func:`find_headline`.
         """
         if self.queries.embedding:
             yield self.queries, self.bank, True
@@ -82,11 +79,7 @@ class Row(NamedTuple):
 
 
 def find_headline(headline: str, names: Collection[str], info: EmbeddingInfo | None) -> str:
-    """Return the name of the embedding that tables show for a model: ``headline`` or, if it is missing, a replacement.
-
-    Raises:
-        ValueError: The model has several embeddings, but neither ``headline`` nor a replacement.
-    """
+    """Return the name of the embedding that tables show for a model: ``headline`` or, if missing, a replacement."""
     of = info.of if info is not None and headline == EMBEDDING else headline
     for name in (headline, of, of.replace("layer_mean", "output"), "output_cls", "output_mean"):
         if name in names:

@@ -72,11 +72,7 @@ class Settings(NamedTuple):
         return conditions
 
     def check(self, name: str, labeled: EvaluationSet) -> None:
-        """Check that a set has enough samples for every k and for agreement.
-
-        Raises:
-            InputError: The set has too few samples, or a k is below 1.
-        """
+        """Check that a set has enough samples for every k and for agreement."""
         smallest, num_test, ks = min(filter(None, labeled.num_samples)), labeled.num_samples[1], self.ks
         if not 1 <= min(ks) <= max(ks) <= smallest:
             raise InputError(

@@ -27,17 +27,7 @@ QUANTIZED_OPS = ["Conv", "Gemm", "MatMul"]
 
 
 def export_int8(program: Program, path: Path, images: Tensor) -> str:
-    """Write a program to an .onnx file in int8, and return a line that compares its embeddings with PyTorch's.
-
-    Args:
-        program: The program.
-        path: The file to write.
-        images: Result of :func:`read_images`.
-
-    Raises:
-        InputError: The program cannot be exported in float32.
-        RunError: The smallest cosine between embeddings of an image is below ``MIN_COSINE``, or the disk is full.
-    """
+    """Write a program to an .onnx file in int8, and return a line that compares its embeddings with PyTorch's."""
     with tempfile.TemporaryDirectory() as folder, out_file(path) as partial:
         export_program(program, exact := Path(folder) / "float32.onnx")
         quantize(exact, partial, images[1::2])
@@ -54,14 +44,6 @@ def read_images(student: Backbone, source: str | None, takes_pixels: bool) -> Te
     """Return at most ``MAX_IMAGES`` images in the form that the student's program takes as input.
 
     The images are normalized, (N, 3, height, width); with ``takes_pixels``, they are (N, height, width, 3) uint8.
-
-    Args:
-        student: The student that is exported.
-        source: SOURCE of ``d2v embed``; ``None``: the first retrieval data set of the run that trained the student.
-        takes_pixels: True if the program normalizes images itself.
-
-    Raises:
-        InputError: There are too few images, or an image cannot be read.
     """
     config = student.encoder.config
     modality, images = modality_of(config), []

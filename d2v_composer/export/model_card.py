@@ -50,15 +50,6 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
     """Prepare a student's README.md; return a function that writes README.md and returns a line for the user.
 
     An existing README.md is kept if ``d2v export`` did not write it, or if it describes another file in the folder.
-
-    Args:
-        student: The student, with its run's record as provenance.
-        source: Path of the file from which the student was loaded. The results are those of an evaluation in the same
-            folder, or of the run's last retrieval.
-        out: Path of the exported file.
-
-    Raises:
-        InputError: README.md cannot be read or written, or the student's record is incomplete.
     """
     readme = out.with_name("README.md")
     check_out_file(readme)
@@ -122,10 +113,6 @@ def choose_rows(queries: Record, student: Any) -> tuple[str, dict[str, str]]:
     """Choose the rows of a run's results for a student's card.
 
     Rows that the run measured with other weights or another alignment of the student are left out.
-
-    Args:
-        queries: Row → ``weights``, ``embedding`` and ``info`` of the model that embedded the row's queries.
-        student: The student.
 
     Returns:
         The embedding in the table's heading, and row → title; both are empty if no row of the student remains.

@@ -64,12 +64,7 @@ class Program(nn.Module):
 
 
 def export_program(program: Program, path: Path) -> None:
-    """Write a program to an .onnx or .pt2 file, and check with one input that the file computes the same embedding.
-
-    Raises:
-        InputError: The file computes another embedding, or the student is too large.
-        RunError: The disk is full.
-    """
+    """Write a program to an .onnx or .pt2 file, and check with one input that the file computes the same embedding."""
     metadata = metadata_of(program)
     with out_file(path) as partial, errors_of(str(path), InputError):
         write, run = (write_onnx, run_onnx) if path.suffix == ".onnx" else (write_archive, run_archive)
@@ -91,11 +86,7 @@ def metadata_of(program: Program) -> dict[str, str]:
 
 
 def write_onnx(program: Program, path: Path, metadata: dict[str, str]) -> None:
-    """Write a program as ONNX, with the input ``images`` or ``waveforms`` and the output ``embedding``, (batch, D).
-
-    Raises:
-        InputError: The student's weights take more than 2 GB.
-    """
+    """Write a program as ONNX, with the input ``images`` or ``waveforms`` and the output ``embedding``, (batch, D)."""
     import onnx
 
     if (size := sum(tensor.nbytes for tensor in program.state_dict().values())) > MAX_ONNX:

@@ -145,10 +145,6 @@ class Moments:
 
         Source: Hoerl and Kennard 1970, Technometrics 12(1). For inputs X and targets Y, the map minimizes
         |Y - XW - b|² + ridge |W|².
-
-        Raises:
-            ValueError: There are fewer than ``MIN_PAIRS`` pairs, a number is not finite, or all inputs or all targets
-                are alike.
         """
         fitted, held_out = (sums.cpu() for sums in self.sums)
         is_finite = bool((fitted + held_out).isfinite().all())

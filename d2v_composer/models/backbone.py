@@ -69,11 +69,7 @@ def keep_trained_tensors(module: nn.Module, state_dict: dict, prefix: str, local
 
 
 def check_tensors(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Check that a state dict has exactly the tensors of the module's state dict.
-
-    Raises:
-        InputError: A tensor is missing, is unknown or has another shape.
-    """
+    """Check that a state dict has exactly the tensors of the module's state dict."""
     stored, expected = (
         {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith(prefix)}
         for tensors in (state_dict, module.state_dict(prefix=prefix))

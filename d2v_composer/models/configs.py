@@ -69,11 +69,7 @@ def height_and_width(image_size: ImageSize) -> tuple[int, int]:
 
 
 def parse_image_size(image_size: Any) -> ImageSize:
-    """Convert a number of pixels, a tuple (height, width), or text such as '224' or '112x168' to an image size.
-
-    Raises:
-        ValueError: The value has another form, or a side is not from 1 to ``MAX_WIDTH`` pixels.
-    """
+    """Convert a number of pixels, a tuple (height, width), or text such as '224' or '112x168' to an image size."""
     shape = image_size if isinstance(image_size, tuple) else (image_size,)
     if isinstance(image_size, str) and re.fullmatch(r"\d{1,9}(x\d{1,9})?", image_size):
         shape = tuple(map(int, image_size.split("x")))
@@ -88,11 +84,7 @@ STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=Fals
 
 
 class Config(BaseModel):
-    """Base of configs, which are checked and immutable.
-
-    Raises:
-        ValueError: A field is unknown, missing, of a wrong type or out of range, or contradicts another field.
-    """
+    """Base of configs, which are checked and immutable."""
 
     model_config = STRICT
 
@@ -271,11 +263,7 @@ class AudioEncoderConfig(Data2Vec2EncoderConfig, SoundConfig):
 
 
 def parse_convolutions(spec: str) -> list[tuple[int, int, int]]:
-    """Return (channels, kernel, stride) of each convolution of ``feature_encoder_spec``.
-
-    Raises:
-        ValueError: The text is not made of lists of tuples, ``*`` and ``+``, or a number is out of range.
-    """
+    """Return (channels, kernel, stride) of each convolution of ``feature_encoder_spec``."""
     layers = list[tuple[int, int, int]]()
     for text in spec.replace(" ", "").split("+"):
         if (part := CONVOLUTIONS.fullmatch(text)) is None:

@@ -126,11 +126,7 @@ class Encoder(Freezable):
 
     @abstractmethod
     def prepare(self, values: Tensor) -> Tensor:
-        """Check inputs, then resize and normalize them as the encoder requires.
-
-        Raises:
-            ValueError: The inputs have a shape or dtype that the encoder does not take.
-        """
+        """Check inputs, then resize and normalize them as the encoder requires."""
 
     def normalized(self, values: Tensor) -> Tensor:
         """Return inputs as floats that :meth:`forward` takes."""
@@ -181,20 +177,13 @@ class Encoder(Freezable):
         Args:
             lengths: Number of samples of each input, (B,) int64; ``None``: nothing is padded.
             num_samples: Number of samples in each padded input; default: the largest of ``lengths``.
-
-        Raises:
-            ValueError: A length on a CPU is out of range, or this encoder takes no lengths.
         """
         if lengths is not None:
             raise ValueError(f"lengths: expected None for {self.config.modality} inputs")
         return None
 
     def forward(self, inputs: Inputs) -> Tokens:
-        """Return the tokens of inputs, with their padding mask.
-
-        Raises:
-            ValueError: The inputs have a shape or dtype that the encoder does not take, or are too short.
-        """
+        """Return the tokens of inputs, with their padding mask."""
         padding_mask = self.padding_mask(inputs.lengths, inputs.values.shape[-1])
         x_BTD = self.embed_tokens(inputs)
         for block, context in zip(self.block_list, self.block_contexts(x_BTD, padding_mask), strict=True):

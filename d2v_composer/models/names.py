@@ -50,11 +50,7 @@ RAW_EMBEDDINGS = [f"{kind}_{pooling}" for kind in get_args(Representation) for p
 
 
 def timm_name(model: str) -> str:
-    """Return NAME, given ``timm/NAME``.
-
-    Raises:
-        ValueError: The name has another form, or timm has no such model.
-    """
+    """Return NAME, given ``timm/NAME``."""
     import timm  # takes seconds
 
     name = model.removeprefix(TIMM_PREFIX)

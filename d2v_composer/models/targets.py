@@ -54,9 +54,6 @@ def norm_mean(
         final_layer_norm: Apply the LayerNorm after the average.
         padding_mask: (B, T), true for padding, which InstanceNorm's statistics exclude. Results for padding are
             meaningless.
-
-    Raises:
-        ValueError: There are no layers.
     """
     if normalization == "instance" and torch.is_grad_enabled():
         return instance_norm_mean(num_extra_tokens, final_layer_norm, padding_mask, *layers)
@@ -140,9 +137,6 @@ class LayerMean(nn.Module):
 
     Args:
         normalization, final_layer_norm: See :func:`norm_mean`.
-
-    Raises:
-        ValueError: The normalization is unknown.
     """
 
     def __init__(self, normalization: Normalization = "instance", final_layer_norm: bool = True) -> None:
@@ -196,9 +190,6 @@ def target_of(features: Features, options: TargetOptions, top_k: int, layer_mean
         options: Which layers and tokens enter the target.
         top_k: Number of the teacher's last layers to average.
         layer_mean: The module that normalizes and averages the layers.
-
-    Raises:
-        ValueError: ``top_k`` is not from 1 to the teacher's number of layers.
     """
     check_whole("average_top_k_layers", top_k, 1, features.num_layers)
     layers = islice(features.layers(options.source), features.num_layers - top_k, None)

@@ -30,9 +30,6 @@ def create_network(
 
     Returns:
         The model, and the options with which ``timm.create_model`` builds the model.
-
-    Raises:
-        ValueError: timm has no such model, cannot build it for this image size, or has no weights of it.
     """
     name = timm_name(config.model)
     options: Any = {"num_classes": num_classes} | ({} if config.in_chans == 3 else {"in_chans": config.in_chans})
@@ -52,9 +49,6 @@ def load_pretrained(model: str) -> "TimmStudent":
     """Load a timm model with timm's weights and preprocessing.
 
     If the model ends with a projection, the projection computes the embedding.
-
-    Raises:
-        ValueError: timm has no such model or no weights of it, or the model's features have no grid.
     """
     student, pretrained = TimmStudent(config_of(model), pretrained=True), timm.get_pretrained_cfg(timm_name(model))
     if width := projection_width(pretrained.num_classes if pretrained else None):
@@ -103,9 +97,6 @@ class TimmBackbone(PixelEncoder):
 
     Attributes:
         options: Options with which ``timm.create_model`` builds this model.
-
-    Raises:
-        ValueError: timm has no such model or no weights of it, or the model's features have no grid.
     """
 
     config: TimmNetworkConfig
@@ -130,11 +121,7 @@ class TimmBackbone(PixelEncoder):
         return self.num_channels
 
     def find_grid(self, features: Tensor) -> tuple[int, int]:
-        """Return the grid's (height, width) in cells, given a feature map with 4 dimensions, or tokens with 3.
-
-        Raises:
-            ValueError: The features have no grid.
-        """
+        """Return the grid's (height, width) in cells, given a feature map with 4 dimensions, or tokens with 3."""
         if features.ndim == 4:
             height, width = features.shape[1:3] if self.is_channels_last else features.shape[2:]
             return height, width

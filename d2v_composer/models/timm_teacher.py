@@ -186,9 +186,6 @@ def build_timm_model(model: str, image_size: ImageSize | str | None = None, num_
         model: ``timm/NAME``.
         image_size: Pixels per side, or height and width; default: timm's size, rounded down to whole patches.
         num_outputs: Number of outputs of a projection at the model's end; 0 for no projection.
-
-    Raises:
-        ValueError: timm has no such model or cannot build it for this size, or the model cannot be a teacher.
     """
     name = timm_name(model)
     built = create_on_meta(name)
@@ -217,11 +214,7 @@ def build_timm_model(model: str, image_size: ImageSize | str | None = None, num_
 
 
 def create_on_meta(name: str, **options: Any) -> TimmModule:
-    """Build a timm model on the meta device.
-
-    Raises:
-        ValueError: The name's tag is unknown, or an option does not fit the model.
-    """
+    """Build a timm model on the meta device."""
     try:
         with torch.device("meta"):
             return timm.create_model(name, pretrained=False, **options)
@@ -236,9 +229,6 @@ def teacher_config(model: str, built: TimmModule, first_blocks: int | None = Non
         model: ``timm/NAME``.
         built: The model, built by timm.
         first_blocks: Number of blocks in the encoder; default: a sixth of all blocks, rounded.
-
-    Raises:
-        ValueError: ``first_blocks`` is negative, or leaves no block after the encoder.
     """
     num_blocks = len(built.blocks)
     first_blocks = round(num_blocks / 6) if first_blocks is None else first_blocks
@@ -319,9 +309,6 @@ class TimmEncoder(PixelEncoder):
     Args:
         config: Sizes.
         parts: Parts of a model of these sizes; default: new parts, into which a state dict must be loaded.
-
-    Raises:
-        ValueError: timm has no such model, or builds it with other sizes than the config's.
     """
 
     config: TimmEncoderConfig

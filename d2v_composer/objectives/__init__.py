@@ -22,9 +22,6 @@ def build_objectives(sections: Mapping[str, object], teacher: Teacher, student: 
         sections: Name of each objective → its section in a YAML.
         teacher: The teacher.
         student: The student, to which an objective may add an alignment, a linear map of its embeddings.
-
-    Raises:
-        InputError: An option is unknown, or has a value that is not allowed with this teacher and student.
     """
     built = nn.ModuleDict()
     for name, section in sections.items():

@@ -109,11 +109,7 @@ def compiled_norm_mean(layers: Iterable[Tensor], *options: Any) -> Tensor:
 
 
 def check_compiler(choice: bool | str) -> None:
-    """Check that this machine has what torch.compile needs, unless ``choice`` is false.
-
-    Raises:
-        InputError: Python's headers or a C++ compiler are missing.
-    """
+    """Check that this machine has what torch.compile needs, unless ``choice`` is false."""
     missing, headers = list[str](), sysconfig.get_path("include")
     if not Path(headers, "Python.h").is_file():
         missing.append(f"Python's headers (python3-dev; {headers} has no Python.h)")

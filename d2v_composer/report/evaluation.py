@@ -14,16 +14,7 @@ from d2v_composer.system.files import write_atomically
 def write_evaluation(
     evaluation: Evaluation, folder: Path, title: str, modality: Modality, context: dict[str, Any]
 ) -> None:
-    """Write ``evaluation.json``, ``evaluation.csv``, ``evaluation.html`` and, with measured speeds, ``evaluation.png``.
-
-    Args:
-        evaluation: The results.
-        folder: The folder. Existing files of these names are replaced; without measured speeds, an old
-            ``evaluation.png`` is removed.
-        title: Title of the page.
-        modality: Modality of the evaluated model's samples.
-        context: Further entries of the JSON file.
-    """
+    """Write ``evaluation.json``, ``.csv``, ``.html`` and, with measured speeds, ``.png``."""
     (folder / "evaluation.png").unlink(missing_ok=True)  # an earlier evaluation may have measured speeds
     evaluation.write(folder, context)
     costs = "Size and computation", cost_table(evaluation.costs, modality.cost_unit, evaluation.speeds)

@@ -53,13 +53,7 @@ def render(template: str, **values: Any) -> str:
 def galleries(
     datasets: Mapping[str, EvaluationSet], results: Sequence[Result], unit: str
 ) -> Iterator[tuple[str, str, list[list[Shown]]]]:
-    """Yield the name, a note and the gallery of each data set for which results have the student's nearest samples.
-
-    Args:
-        datasets: Name → data set.
-        results: Results of a run or of an evaluation.
-        unit: Name of the samples, in the plural.
-    """
+    """Yield the name, a note and the gallery of each data set for which results have the student's nearest samples."""
     for name, labeled in datasets.items():
         nearest = {
             row: result.nearest

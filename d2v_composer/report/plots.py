@@ -112,13 +112,7 @@ def _accuracies(run: Run, dataset: str, columns: Sequence[Column]) -> dict[str, 
 
 @mpl.rc_context(STYLE)
 def quality_over_speed(evaluation: Evaluation, batch_size: int, unit: str) -> Figure:
-    """Plot the accuracies of models, with 95 % intervals, over the models' speeds; each data set has a panel.
-
-    Args:
-        evaluation: The evaluation; models without a measured speed are left out.
-        batch_size: The batch size at which the speeds were measured.
-        unit: Name of the samples, in the plural.
-    """
+    """Plot the accuracies of models, with 95 % intervals, over the models' speeds; each data set has a panel."""
     datasets, speeds = [*evaluation.datasets], evaluation.speeds[batch_size]
     figure = Figure(figsize=(8, 5 * len(datasets)))
     for dataset, axes in zip(datasets, figure.subplots(len(datasets), squeeze=False).flat, strict=True):
@@ -160,14 +154,7 @@ def to_png(figure: Figure) -> bytes:
 
 @mpl.rc_context(STYLE)
 def plot(title: str, scale: str, lines: Mapping[str, Line], limits: tuple[float, float] | None = None) -> Figure:
-    """Plot lines over the training steps.
-
-    Args:
-        title: Title of the plot.
-        scale: "%" for a vertical axis in %, "log" for a logarithmic axis if all values are positive, "" for neither.
-        lines: Label → :data:`Line`.
-        limits: The lowest and the highest value that the plot may show; default: no limits.
-    """
+    """Plot lines over the training steps."""
     figure = Figure(figsize=(WIDTH, HEIGHT))
     axes = figure.subplots()
     axes.set(title=title, xlabel="training step")
@@ -197,12 +184,7 @@ def plot(title: str, scale: str, lines: Mapping[str, Line], limits: tuple[float,
 
 
 def label_ends(axes: Axes, ends: Iterable[tuple[float, str, Any]]) -> None:
-    """Write the lines' labels to the right of the axes, beside the ends of the lines.
-
-    Args:
-        axes: The axes.
-        ends: For each line, the value at the line's end, the label and the color.
-    """
+    """Write the lines' labels to the right of the axes, beside the ends of the lines."""
     axes.get_ylim()  # matplotlib chooses the limits only when they are asked for
     to_share = axes.transData + axes.transAxes.inverted()
     labels = sorted((to_share.transform((0, height))[1].clip(0, 1), label, color) for height, label, color in ends)

@@ -65,9 +65,6 @@ def read_run(folder: Path) -> Run:
     """Read the folder of a distillation or a fine-tuning, finished or not.
 
     A data set that cannot be read, or has changed since the run, is left out, with a printed line.
-
-    Raises:
-        InputError: The folder is not a run's, or a file of the run is corrupt.
     """
     record_file, log_file, checkpoint = folder / "run.yaml", folder / LOG, folder / LATEST
     measured: dict[str, Any] = {"conditions": {}, "results": []}

@@ -63,12 +63,7 @@ def format_tables(results: Sequence[Result], datasets: Iterable[str]) -> str:
 
 
 def evaluation_tables(evaluation: Evaluation, unit: str) -> str:
-    """Return an evaluation's tables of accuracies and costs as text.
-
-    Args:
-        evaluation: The evaluation.
-        unit: See :func:`cost_table`.
-    """
+    """Return an evaluation's tables of accuracies and costs as text."""
     head, *rows = cost_table(evaluation.costs, unit, evaluation.speeds)
     tables = format_tables(evaluation.results, evaluation.datasets)
     return f"{tables}\n\n{format_table(head, rows)}"
@@ -77,13 +72,7 @@ def evaluation_tables(evaluation: Evaluation, unit: str) -> str:
 def cost_table(
     costs: Mapping[str, Mapping[str, float]], unit: str, speeds: Mapping[int, Mapping[str, float]] = {}
 ) -> list[list[str]]:
-    """Return the head and the rows of a table of each model's size, GFLOP and speed.
-
-    Args:
-        costs: Name of a model → result of :func:`~d2v_composer.evaluation.evaluate.cost`.
-        unit: Name of one input, for which GFLOP are counted: image or 5-s clip.
-        speeds: Batch size → name of a model → inputs per second.
-    """
+    """Return the head and the rows of a table of each model's size, GFLOP and speed."""
     head = ["", "M parameters", "MB in float32", f"GFLOP/{unit}", *(f"{unit}s/s, batch {size}" for size in speeds)]
     rows = []
     for name, cost in costs.items():

@@ -79,14 +79,8 @@ class Request(NamedTuple):
     def check(self, **more: Json) -> Record:
         """Check that an earlier call with this ``out``, if any, had the same source, teacher and column.
 
-        Args:
-            **more: Further facts that must be the same, such as the number of samples.
-
         Returns:
             The source, teacher and column, and ``more``, without secrets.
-
-        Raises:
-            InputError: One of these values differs, or the record of the earlier call cannot be read.
         """
         about = hide_secrets({"source": self.source, "teacher": self.teacher, "column": self.column, **more})
         path = self.out / REQUEST
@@ -113,9 +107,6 @@ def prepare(request: Request) -> Plan | None:
 
     Returns:
         The plan; ``None`` if the run's training has begun.
-
-    Raises:
-        InputError: The folder ``out``, the samples, the teacher or a changed setting cannot be used.
     """
     if has_begun(request):
         warn_of_changes(request)
@@ -137,11 +128,7 @@ def prepare(request: Request) -> Plan | None:
 
 
 def has_begun(request: Request) -> bool:
-    """Return whether the training of this request's run has begun in the folder ``out``.
-
-    Raises:
-        InputError: The run cannot be in ``out``; the message says why.
-    """
+    """Return whether the training of this request's run has begun in the folder ``out``."""
     source, out, path = request.source, request.out, request.settings
     if not is_remote(source) and out.resolve().is_relative_to(Path(source).resolve(strict="*" not in source)):
         raise InputError(f"{out} is inside the folder of samples, {source}; choose another --out")
@@ -174,15 +161,7 @@ def warn_of_changes(request: Request) -> None:
 
 
 def make_plan(request: Request, fetched: Path) -> Plan:
-    """List the samples, load the teacher and choose the settings.
-
-    Args:
-        request: Arguments of the command.
-        fetched: A folder for the shards of an MDS data set in a store.
-
-    Raises:
-        InputError: The samples, the teacher or a changed setting cannot be used.
-    """
+    """List the samples, load the teacher and choose the settings."""
     # The changes are checked before the teacher is fetched.
     unsized = configure(request, request.out, PRESETS["any"])
     teacher = build_teacher(unsized)
@@ -208,11 +187,7 @@ def make_plan(request: Request, fetched: Path) -> Plan:
 
 
 def convert_samples(request: Request, plan: Plan) -> None:
-    """Write the request and the settings, and convert the splits that are not converted yet.
-
-    Raises:
-        InputError: An earlier call had other samples or options, or the training samples are fewer than a batch.
-    """
+    """Write the request and the settings, and convert the splits that are not converted yet."""
     config, source, modality = plan.config, plan.source, plan.source.modality
     samples = request.out / modality.unit
     splits = {split: conversion_options(modality, config, split == "test") for split in ("test", "train")}
@@ -239,11 +214,7 @@ def convert_samples(request: Request, plan: Plan) -> None:
 def configure(
     request: Request, samples: Path, chosen: Mapping[str, Json], path: str | Path = os.devnull
 ) -> TrainConfig:
-    """Return the run's config: the YAML ``path``, changed by the settings in ``chosen``, then by the request.
-
-    Raises:
-        InputError: A changed setting is invalid.
-    """
+    """Return the run's config: the YAML ``path``, changed by the settings in ``chosen``, then by the request."""
     is_timm = request.teacher.startswith(TIMM_PREFIX)
     settings = {
         "run_name": request.out.name,
@@ -256,11 +227,7 @@ def configure(
 
 
 def read_settings(request: Request) -> TrainConfig:
-    """Return the config in the ``distill.yaml`` that an earlier call wrote, with this request's changes.
-
-    Raises:
-        InputError: The file cannot be read, or a changed setting is invalid.
-    """
+    """Return the config in the ``distill.yaml`` that an earlier call wrote, with this request's changes."""
     with reading(request.settings):
         written = yaml.safe_load(request.settings.read_text())
         samples = request.out / Path(written["train_loader"]["local"]).parent.name  # it follows from the teacher
@@ -270,11 +237,7 @@ def read_settings(request: Request) -> TrainConfig:
 
 
 def update_settings(request: Request, config: TrainConfig, trainer: Trainer) -> None:
-    """Write the settings of a run that is about to train.
-
-    Raises:
-        InputError: A setting on which the run's result depends has changed.
-    """
+    """Write the settings of a run that is about to train."""
     before = read_settings(request._replace(changes=()))  # not run.yaml: if OUT was moved, it has the old place
     record = find_callback(trainer.state, RunRecord)
     assert record is not None
@@ -298,10 +261,6 @@ def as_yaml(value: Json) -> str:
 
 def choose_settings(num_samples: int, teacher: TeacherConfig) -> Record:
     """Choose the settings of a run for this machine.
-
-    Args:
-        num_samples: Number of images or clips in the source.
-        teacher: The teacher's sizes.
 
     Returns:
         Dotted key → value; other settings keep their defaults.

@@ -35,14 +35,6 @@ def build_labeled_sets(lookup: LookupConfig, modality: Modality, embedding: Embe
     """Load the data sets in ``lookup.datasets`` that are not null, and return the data sets by name.
 
     A warning is printed if test samples are also training samples.
-
-    Args:
-        lookup: The section that names the data sets and the probes.
-        modality: Modality of the samples.
-        embedding: The embedding that the probe ``zero_shot`` measures.
-
-    Raises:
-        InputError: A data set cannot be used, or the probe ``zero_shot`` cannot be measured.
     """
     width = embedding.width if embedding.of == JOINT else 0
     if "zero_shot" in lookup.probes and not width:
@@ -132,11 +124,7 @@ def align_untrained(untrained: Backbone, model: Backbone, teacher: Teacher | Non
 
 
 def load_rival(place: str, modality: str) -> Backbone:
-    """Load a further model to compare: a file or, as ``timm/NAME``, a model of timm.
-
-    Raises:
-        InputError: The model cannot be loaded, or takes samples of another modality.
-    """
+    """Load a further model to compare: a file or, as ``timm/NAME``, a model of timm."""
     with errors_of("rivals"):
         if place.startswith(TIMM_PREFIX) and not Path(place).exists():
             from d2v_composer.models.timm_network import load_pretrained  # timm takes seconds to import
@@ -156,9 +144,6 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Eva
 
     Returns:
         The model, and the evaluation, which has not run yet.
-
-    Raises:
-        InputError: A file, model or setting cannot be used.
     """
     model, teacher = config.load()
     modality = modality_of(model.encoder.config)

@@ -139,11 +139,7 @@ class TrainingData(NamedTuple):
 def build_data(
     config: TrainConfig, model: DistillationModel, given: DataLoader[object] | None, samples: Samples | None
 ) -> TrainingData:
-    """Build the training data from the section ``train_loader``, or from a ``given`` loader and alignment ``samples``.
-
-    Raises:
-        InputError: The data or a setting cannot be used.
-    """
+    """Build the training data from the section ``train_loader``, or from a ``given`` loader and its ``samples``."""
     modality, loader = modality_of(model.teacher.config), config.train_loader
     if given is not None:
         shown = f"from train_dataloader{'' if samples is not None else '; no alignment without alignment_samples'}"
@@ -157,11 +153,7 @@ def build_data(
 
 
 def build_model(config: TrainConfig, teacher: Teacher | None = None) -> DistillationModel:
-    """Build the model from the sections ``teacher``, ``student`` and ``objectives``.
-
-    Raises:
-        InputError: The teacher cannot be loaded, or a setting does not fit the teacher or this machine.
-    """
+    """Build the model from the sections ``teacher``, ``student`` and ``objectives``."""
     with node_leaders_first("the teacher"):
         teacher = teacher or build_teacher(config)
     set_teachers_embedding(config, teacher)
@@ -181,11 +173,7 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
 
 
 def apply_precision_and_compile(config: TrainConfig, model: DistillationModel) -> None:
-    """Cast the teacher to the run's precision and, if set, compile the model and turn on activation checkpointing.
-
-    Raises:
-        InputError: timm has no activation checkpointing for this student.
-    """
+    """Cast the teacher to the run's precision and, if set, compile the model and turn on activation checkpointing."""
     model.teacher.cast_weights(choose_precision(config.precision).dtype)
     if config.compile:
         compile_model(model, config.compile)
@@ -195,11 +183,7 @@ def apply_precision_and_compile(config: TrainConfig, model: DistillationModel) -
 
 
 def build_teacher(config: TrainConfig) -> Teacher:
-    """Load the teacher that the section ``teacher`` describes.
-
-    Raises:
-        InputError: The teacher cannot be loaded.
-    """
+    """Load the teacher that the section ``teacher`` describes."""
     section = config.teacher.model_dump()
     try:
         return load_teacher(section.pop("checkpoint"), **section)
@@ -209,11 +193,7 @@ def build_teacher(config: TrainConfig) -> Teacher:
 
 
 def set_teachers_embedding(config: TrainConfig, teacher: Teacher) -> None:
-    """Use the embedding that the section ``alignment`` names, if any, as the teacher's embedding.
-
-    Raises:
-        InputError: The teacher does not have this embedding.
-    """
+    """Use the embedding that the section ``alignment`` names, if any, as the teacher's embedding."""
     alignment, section = config.alignment, config.teacher
     with errors_of("alignment"):
         teacher.use_embedding(alignment.pooling, alignment.representation)
@@ -230,16 +210,7 @@ def fitted_width(config: TrainConfig, model: DistillationModel) -> int:
 
 
 def build_alignment(config: TrainConfig, model: DistillationModel, samples: Samples | None) -> AlignStudent | None:
-    """Build the callback that fits the student's alignment; ``None`` if the run fits no alignment.
-
-    Args:
-        config: Config of the run.
-        model: Model that the run trains.
-        samples: Training samples as :class:`AlignStudent` takes them; ``None``: no alignment.
-
-    Raises:
-        InputError: There are fewer samples than a fit needs.
-    """
+    """Build the callback that fits the student's alignment; ``None`` if the run fits no alignment."""
     if samples is None or not fitted_width(config, model):
         return None
     chosen = evenly_spaced(len(samples), config.alignment.max_samples)
@@ -266,17 +237,7 @@ def open_alignment_samples(config: TrainConfig, index: Index) -> Source:
 def build_retrieval(
     config: TrainConfig, model: DistillationModel, align: AlignStudent | None, stop: Stop
 ) -> ZeroShotRetrieval | None:
-    """Build the callback of the section ``retrieval``; ``None`` if the section has no data sets.
-
-    Args:
-        config: Config of the run.
-        model: Model that the run trains.
-        align: Callback that fits the student's alignment, if the run has one.
-        stop: Signal to end the run.
-
-    Raises:
-        InputError: A data set or setting cannot be used.
-    """
+    """Build the callback of the section ``retrieval``; ``None`` if the section has no data sets."""
     retrieval = config.retrieval
     if not any(retrieval.datasets.values()):
         return None
@@ -307,11 +268,7 @@ def build_retrieval(
 
 
 def choose_embeds(config: TrainConfig, model: DistillationModel) -> tuple[str, Embed, dict[str, Embed]]:
-    """Return the name of the embedding that tables show, and the embed functions of the student and the baselines.
-
-    Raises:
-        InputError: The section ``retrieval`` names an embedding or a baseline that these models do not have.
-    """
+    """Return the name of the embedding that tables show, and the embed functions of the student and the baselines."""
     retrieval = config.retrieval
     with errors_of("retrieval"):
         headline = model.student.choose_embedding(retrieval.pooling, retrieval.representation)

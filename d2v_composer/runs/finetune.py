@@ -128,11 +128,7 @@ class LabeledData(NamedTuple):
 
 
 def build_data(config: FinetuneConfig, sizes: EncoderConfig) -> LabeledData:
-    """Build the loader of training samples, and load the test samples, for an encoder of these ``sizes``.
-
-    Raises:
-        InputError: The data set cannot be used, or the node has too little disk space or shared memory.
-    """
+    """Build the loader of training samples, and load the test samples, for an encoder of these ``sizes``."""
     dataset, root, modality = config.dataset, Path(config.dataset.root), modality_of(sizes)
     loader = TrainLoaderConfig(**config.train_loader.model_dump(), local=str(root / "train"), column=dataset.column)
     index = read_train_index(loader, modality, config.global_train_batch_size, dataset.label_column)
@@ -149,12 +145,7 @@ def build_data(config: FinetuneConfig, sizes: EncoderConfig) -> LabeledData:
 
 
 def count_classes(root: Path, class_names: tuple[str, ...], tested: Tensor) -> int:
-    """Return the number of classes, given their names and the labels of the test samples, (N,).
-
-    Raises:
-        InputError: There are fewer than two classes, a label is negative, or a label is at least 100 times the number
-            of names or of different labels, whichever is larger.
-    """
+    """Return the number of classes, given their names and the labels of the test samples, (N,)."""
     labels = tested.unique()
     smallest, largest, num_known = int(labels.min()), int(labels.max()), max(len(class_names), len(labels))
     if num_known < 2:

@@ -79,22 +79,7 @@ def build_trainer(
     save_best: bool = False,
     **arguments: Any,
 ) -> Trainer:
-    """Build the Trainer with the arguments that all runs share, and lock the run's folder.
-
-    Args:
-        config: Config of the run.
-        model: The model that trains.
-        train_loader: The loader of training samples.
-        record_sections: Sections of the run's record; the section ``data`` must have the samples' ``modality``.
-        run_callbacks: Callbacks that this kind of run needs.
-        callbacks, algorithms, loggers: Callbacks, algorithms and loggers besides the YAML's.
-        prepare: Function that transforms a microbatch on the device.
-        stop, save_best: Arguments of :class:`Checkpoints`.
-        **arguments: Further arguments of the Trainer.
-
-    Raises:
-        InputError: The run's folder, its checkpoint, or a setting cannot be used.
-    """
+    """Build the Trainer with the arguments that all runs share, and lock the run's folder."""
     folder = config.run_folder
     uploads = None if folder is None or folder.address is None else Uploads(folder.address)
     chosen, scheduler = build_callbacks(config), build_scheduler(config, len(train_loader))
@@ -139,17 +124,8 @@ def find_checkpoint(
 ) -> tuple[Checkpoint | None, bool]:
     """Read the newest checkpoint in the run's folder or, if there is none, the checkpoint in ``load_path``.
 
-    Args:
-        config: Config of the run.
-        model: Model that the run trains.
-        callbacks: Callbacks whose ``load_state_dict`` raises an error for the state of another run.
-
     Returns:
         The checkpoint, or ``None``; and False if the run takes only the checkpoint's weights, else True.
-
-    Raises:
-        InputError: The run cannot go on from the checkpoint, or the folder has a checkpoint although ``autoresume`` is
-            false.
     """
 
     def accept(checkpoint: Checkpoint, callbacks: Sequence[Callback] = callbacks) -> None:
@@ -190,17 +166,7 @@ def try_timm_student(
     config: TrainerConfig,
     head: nn.Linear | None = None,
 ) -> None:
-    """Check that a timm student can be trained with the run's batch sizes, and then exported.
-
-    Args:
-        key: The student's key in a YAML, for messages.
-        student: The student; only a timm student is checked.
-        config: Config of the run.
-        head: The classifier that is trained with the student, if any.
-
-    Raises:
-        InputError: The student cannot be trained or exported.
-    """
+    """Check that a timm student can be trained with the run's batch sizes, and then exported."""
     if not isinstance(student.config, TimmNetworkConfig):
         return
     batch_size, micro = config.global_train_batch_size // num_ranks(), config.device_train_microbatch_size
@@ -228,14 +194,7 @@ def build_optimizer(
     depths: Mapping[str, int] | None = None,
     layer_decay: float = 1.0,
 ) -> torch.optim.Optimizer:
-    """Build the optimizer of the parameters that require gradients.
-
-    Args:
-        config: The section ``optimizer``.
-        model: The model that trains.
-        depths: Name of each trained parameter → its depth; default: all have the same depth.
-        layer_decay: Ratio of a depth's learning rate to the next depth's. The last depth's learning rate is ``lr``.
-    """
+    """Build the optimizer of the parameters that require gradients."""
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     depths = depths or dict.fromkeys(weights, 0)
     last = max(depths.values())
@@ -255,11 +214,7 @@ def build_optimizer(
 
 
 def build_scheduler(config: TrainerConfig, batches_per_epoch: int) -> ComposerScheduler:
-    """Build the schedule of the learning rate: a linear warm-up, then a cosine decay to ``alpha_f`` times ``lr``.
-
-    Raises:
-        InputError: The warm-up is longer than the run.
-    """
+    """Build the schedule of the learning rate: a linear warm-up, then a cosine decay to ``alpha_f`` times ``lr``."""
     warmup, duration = map(Time.from_timestring, (config.scheduler.t_warmup, config.max_duration))
     batches = {TimeUnit.BATCH: 1, TimeUnit.EPOCH: batches_per_epoch}
     num_batches = batches[TimeUnit.DURATION] = duration.value * batches[duration.unit]
@@ -281,11 +236,7 @@ def build_algorithms(config: AlgorithmsConfig) -> list[Algorithm]:
 
 
 def build_callbacks(config: TrainerConfig) -> list[Callback]:
-    """Build the callbacks that the section ``callbacks`` names.
-
-    Raises:
-        InputError: A callback cannot be built with these arguments.
-    """
+    """Build the callbacks that the section ``callbacks`` names."""
     callbacks: list[Callback] = []
     for name, arguments in config.callbacks.items():
         if arguments is not None:
@@ -298,13 +249,6 @@ def build_loggers(config: TrainerConfig, unit: str) -> list[LoggerDestination]:
     """Build the progress logger, if ``progress_bar`` is true, and the loggers of the section ``loggers``.
 
     The logger ``jsonl`` is left out if the run has no folder and the logger has no ``filename``.
-
-    Args:
-        config: Config of the run.
-        unit: Name of the samples in the plural, such as images.
-
-    Raises:
-        InputError: A logger cannot be built with these arguments.
     """
     loggers: list[LoggerDestination] = [ProgressLogger(sys.stderr.isatty(), unit=unit)] if config.progress_bar else []
     folder = config.run_folder
@@ -370,14 +314,7 @@ def resume_advice(config: TrainerConfig) -> str:
 def fit_and_close(
     trainer: Trainer, config: TrainerConfig, header: Mapping[str, str], report: Callable[[], None]
 ) -> None:
-    """Train to the end, report on rank 0, wait for the uploads, and close the Trainer.
-
-    Args:
-        trainer: The Trainer.
-        config: Config of the run.
-        header: Name → text of each line that is printed before the training.
-        report: Function that is called on rank 0 after the training.
-    """
+    """Train to the end, report on rank 0, wait for the uploads, and close the Trainer."""
     # Only now: each DeviceGPU that Composer constructs allows TF32.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     try:

@@ -36,11 +36,7 @@ Read = Callable[[BinaryIO, str, int, tuple[int, ...]], bytes]
 
 
 def list_archive(snapshot: FileSnapshot, columns: Columns, members: Iterable[Member], read: Read) -> SampleListing:
-    """List the samples of an archive; the ``labels`` of the listing are the samples' paths in the archive.
-
-    Raises:
-        InputError: A sample has a ``fault``, or two samples have the same path.
-    """
+    """List the samples of an archive; the ``labels`` of the listing are the samples' paths in the archive."""
     left_out, names, paths, places = Counter[str](), list[str](), list[str](), array("q")
     for member in members:
         path, suffix = path_of(member.path), PurePosixPath(member.path).suffix.lower()

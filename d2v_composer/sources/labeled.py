@@ -174,15 +174,7 @@ def load_labeled_set(
 def open_labeled_sets(
     section: Mapping[str, Json], modality: Modality, **changes: Json
 ) -> dict[str, Callable[[], EvaluationSet]]:
-    """Return name of a data set → function that loads the data set with its labels renumbered.
-
-    Args:
-        section: A section of a YAML, such as ``retrieval``, with the keys ``datasets`` (name of a data set → arguments
-            of :func:`load_labeled_set`, or null to leave out the data set) and ``max_images`` (the default for all
-            data sets).
-        modality: Modality of the samples.
-        **changes: Arguments of :func:`load_labeled_set` that replace those of the section.
-    """
+    """Return name of a data set → function that loads the data set with its labels renumbered."""
 
     def load(options: Mapping[str, Json]) -> EvaluationSet:
         return load_labeled_set(
@@ -212,11 +204,7 @@ def _read_class_embeddings(path: Path, labeled: EvaluationSet) -> Tensor:
 
 
 def open_cifar(name: str, root: Path, download: bool) -> dict[str, Source]:
-    """Open the splits ``train`` and ``test`` of torchvision's ``cifar10`` or ``cifar100``.
-
-    Raises:
-        InputError: The data set is missing, corrupt, or cannot be downloaded.
-    """
+    """Open the splits ``train`` and ``test`` of torchvision's ``cifar10`` or ``cifar100``."""
     from torchvision.datasets import CIFAR10, CIFAR100  # takes a second
 
     dataset_class = CIFAR10 if name == "cifar10" else CIFAR100
@@ -316,11 +304,7 @@ def load_mds(folder: Path, modality: Modality, column: str | None, label_column:
 
 
 def read_class_names(root: Path) -> tuple[str, ...]:
-    """Return the class names that a conversion recorded in ROOT/train and ROOT/test; empty if it recorded none.
-
-    Raises:
-        InputError: The class names of train and test differ, or cannot be read.
-    """
+    """Return the class names that a conversion recorded in ROOT/train and ROOT/test; empty if it recorded none."""
     variants = set()
     for path in (root / split / SUMMARY for split in ("train", "test")):
         if path.exists():

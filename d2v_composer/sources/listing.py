@@ -50,11 +50,7 @@ class FileSnapshot(NamedTuple):
 
     @classmethod
     def of(cls, root: str, file: File) -> Self:
-        """Fetch a listed file if it is remote, and return its snapshot.
-
-        Raises:
-            InputError: The file is missing, or cannot be fetched in the listed version.
-        """
+        """Fetch a listed file if it is remote, and return its snapshot."""
         name = f"{root}/{file.path}"
         path = fetch(name, file.version)
         if file.version:
@@ -63,17 +59,7 @@ class FileSnapshot(NamedTuple):
         return cls(name, path, copy._replace(version=""), copy)
 
     def read(self, function: Callable[[BinaryIO], ResultT], what: str = "", *, again: bool = False) -> ResultT:
-        """Call a function with the opened file, and return its result. A damaged copy is fetched once more.
-
-        Args:
-            function: Reads the file. An error other than ImportError, InputError and RunError means a damaged file.
-            what: Text that error messages append to the file's name.
-            again: True if the copy has already been fetched once more.
-
-        Raises:
-            InputError: The function raised InputError, or the file is damaged.
-            RunError: The file has changed since it was listed.
-        """
+        """Call a function with the opened file, and return its result. A damaged copy is fetched once more."""
         copied = is_remote(self.name)
         try:
             with self.path.open("rb") as file:
@@ -190,11 +176,6 @@ def _list_hub(folder: str, suffixes: tuple[str, ...], chosen: str) -> tuple[str,
     """List the files of a data set on the Hugging Face hub.
 
     If a whole data set, without a revision, has no file with a wanted suffix, list the hub's conversion to Parquet.
-
-    Args:
-        folder: Address of the data set, or of a folder in it.
-        suffixes: Suffixes of the wanted files.
-        chosen: The file or the glob below ``folder`` that the source names; '' if the source is a folder.
 
     Returns:
         The address of the folder, with the commit; and the files in the folder.

@@ -93,16 +93,7 @@ class Shard(NamedTuple):
     """Name, size in bytes (``None`` if it varies) and decoder (``None`` if the column is not read) of each column."""
 
     def read(self, path: Path, number: int) -> dict[str, Stored]:
-        """Return column → value of a sample, for each column that has a decoder.
-
-        Args:
-            path: The shard's uncompressed file.
-            number: Index of the sample in the shard.
-
-        Raises:
-            OSError: The file cannot be read.
-            ArithmeticError, LookupError, TypeError, ValueError: The file is corrupt.
-        """
+        """Return column → value of a sample, for each column that has a decoder."""
         with path.open("rb", buffering=0) as file:
             file.seek(4 * (1 + number))
             begin, end = np.frombuffer(file.read(8), np.uint32).tolist()
@@ -134,10 +125,6 @@ class Index:
         column: The column that holds the samples; default: the modality's name.
         labels: The column that holds the labels; default: no labels.
         remote: Address of the data set, if it is in a store.
-
-    Raises:
-        InputError: The index is missing or corrupt, or does not fit the other arguments; or a shard of a local data set
-            is missing or has another size.
     """
 
     def __init__(
@@ -169,11 +156,7 @@ class Index:
 
     @cached_property
     def lengths(self) -> NDArray[np.int64] | None:
-        """Lengths of the clips in ``conversion.json``, in samples at 16 kHz, (N,) int64; ``None`` for images.
-
-        Raises:
-            InputError: ``conversion.json`` cannot be read, or does not have N lengths.
-        """
+        """Lengths of the clips in ``conversion.json``, in samples at 16 kHz, (N,) int64; ``None`` for images."""
         if not self.modality.has_lengths:
             return None
         lengths = np.array(self._listed_lengths, np.int64)
@@ -189,9 +172,6 @@ class Index:
         """SHA-256, in hexadecimal, of the sizes and hashes of the shards and the lengths of clips.
 
         If the index has no hashes, local shards are read and hashed; shards in a store are hashed by size alone.
-
-        Raises:
-            InputError: A shard or ``conversion.json`` cannot be read.
         """
         shards = progress_bar(self.shards, desc="hashing", unit="shards")
         contents: list[Json] = [(shard.samples, shard.raw.bytes, self._hashes(shard)) for shard in shards]

@@ -92,9 +92,6 @@ class Files:
 
         Returns:
             If :attr:`in_folders` is true, the result of :func:`sort_folders`; otherwise, split → its files.
-
-        Raises:
-            InputError: A file's path names several splits.
         """
         if self.in_folders:
             return sort_folders(self._opened[1], *names)
@@ -115,16 +112,7 @@ class Files:
         return self._opened[0]
 
     def open_split(self, split: str | None, labels: str | Path | None = None) -> Source:
-        """Open the samples of a split.
-
-        Args:
-            split: Name of the split; ``none``: all samples; ``None``: ``train``, or all samples if there are no
-                splits or the source is a file or a glob with only one split.
-            labels: Labels of samples in folders; see :func:`open_source`.
-
-        Raises:
-            InputError: The split is missing or ambiguous, or its samples or labels cannot be read.
-        """
+        """Open the samples of a split."""
         if self.has_paths and split == labels == NONE:
             return self.open()
         split = split and split.lower()
@@ -204,9 +192,6 @@ class Files:
         Returns:
             The samples; their labels as stored or, with :attr:`has_paths`, their paths; and the class names that the
             first file states.
-
-        Raises:
-            InputError: A file cannot be read or does not fit the columns, or there are no samples.
         """
         modality, columns = self.columns.modality, self.columns
         given = {"--column": columns.samples, "--label-column": columns.labels}
@@ -271,10 +256,6 @@ def sort_folders(paths: Sequence[str], *splits: str) -> dict[str, dict[int, str]
     Take the deepest folder that contains all samples, but is neither a split nor in a split. Its subfolders with names
     in ``splits`` are the splits.
 
-    Args:
-        paths: The samples' paths.
-        splits: Names of splits, in lowercase.
-
     Returns:
         Split → index of a sample → path in the split's folder; the key '' is for the samples outside of splits.
     """
@@ -300,26 +281,7 @@ def open_source(
     cache_limit: int | None = None,
     part: Part = ALL,
 ) -> Source:
-    """Open the samples of a folder, an MDS data set, or files that hold many samples.
-
-    Args:
-        source: A folder with an MDS data set; with ``cache``, the address of an MDS data set in a store; or a source of
-            :func:`find_files`.
-        modality: Modality of the samples.
-        split: See :meth:`Files.open_split`; ignored for MDS data sets.
-        labels: Labels of samples in folders. ``none``: no labels. ``None``: class folders or, without class folders,
-            Kaggle's LOC_SPLIT_solution.csv if it is directly in the source's folder. Any other value: a CSV file with a
-            sample's path, with or without its suffix, in the first column, and the sample's class in the second.
-        column: The column that holds the samples; in tars, the suffix of the samples' files. Default: in MDS, the
-            modality's name; otherwise, the only column that can hold samples.
-        label_column: The column that holds the labels, if any; in tars, ``json:KEY`` or a suffix such as ``cls``.
-        cache: The folder for the shards of an MDS data set in a store.
-        cache_limit: Maximum size of the cache, in bytes; default: no limit.
-        part: The part of the source that a command processes; see :attr:`Source.part`.
-
-    Raises:
-        InputError: The source is missing, damaged or ambiguous, has no samples, or does not fit another argument.
-    """
+    """Open the samples of a folder, an MDS data set, or files that hold many samples."""
     files = None
     if not (cache or is_mds(Path(source))):
         files = find_files(source, modality, column, label_column, split=split)
@@ -353,18 +315,8 @@ def find_files(
 
     If every Parquet file has the name of a tar, apart from the suffix, the Parquet files are left out.
 
-    Args:
-        source: See :func:`~d2v_composer.sources.listing.list_files`.
-        modality: Modality of the samples.
-        column, label_column: See :func:`open_source`.
-        split: Name of a split; default: all samples. If the split has a folder, its files decide the kind.
-        kind: Suffix of a container, or '' for samples in a folder; default: the kind that the source holds.
-
     Returns:
         The files; ``None`` for an MDS data set in a store, or for an address whose files cannot be listed.
-
-    Raises:
-        InputError: The files are missing, are of several kinds, or cannot be listed.
     """
     is_remote = fetch.is_remote(source)
     kinds = {container.suffix: container for container in CONTAINERS if kind in (None, container.suffix)}

@@ -31,12 +31,7 @@ _one_reader = Lock()  # one thread at a time decodes a row group
 
 
 def list_samples(snapshot: FileSnapshot, file: BinaryIO, columns: Columns) -> SampleListing:
-    """List the rows of a Parquet file as samples.
-
-    Raises:
-        InputError: A column is missing, ambiguous or unsuitable.
-        Exception: pyarrow's error, if the file is damaged.
-    """
+    """List the rows of a Parquet file as samples."""
     import pyarrow.parquet
 
     name, folder, column, label = snapshot.name, snapshot.path.parent, columns.samples, columns.labels

@@ -45,14 +45,6 @@ def fetch_index(remote: str, local: Path, retry_timeout: float = 0.0) -> None:
     """Fetch ``index.json`` and, if it exists, ``conversion.json`` of a remote data set to its cache.
 
     If the store is unreachable, the cached files are used, with a warning.
-
-    Args:
-        remote: The data set's address.
-        local: The folder of the cache.
-        retry_timeout: Seconds for which an unreachable store is retried if a file is not cached.
-
-    Raises:
-        InputError: A file cannot be fetched or is corrupt, or differs from the cached file.
     """
     for name in (INDEX, SUMMARY):
         index, address = local / name, f"{remote.rstrip('/')}/{name}"
@@ -93,9 +85,6 @@ class Shards:
 
     Attributes:
         limit: The cache limit in bytes; 0 for no limit.
-
-    Raises:
-        InputError: ``cache_limit`` is too small, or set for a local data set.
     """
 
     def __init__(self, index: Index, *, cache_limit: int | None, timeout: float = 600.0) -> None:
@@ -128,12 +117,7 @@ class Shards:
             self._remove_abandoned()
 
     def __getitem__(self, sample_id: int) -> dict[str, Stored]:
-        """Return column → value for a sample; see :meth:`Shard.read <d2v_composer.sources.mds.Shard.read>`.
-
-        Raises:
-            IndexError: ``sample_id`` is too large.
-            ShardError: The sample's shard cannot be fetched, or is corrupt.
-        """
+        """Return column → value for a sample; see :meth:`Shard.read <d2v_composer.sources.mds.Shard.read>`."""
         shard_id = bisect_right(self._ends, sample_id)
         shard = self.shards[shard_id]
         sample_in_shard = sample_id - self._ends[shard_id] + shard.samples
@@ -150,11 +134,7 @@ class Shards:
                 ) from error
 
     def prepare(self, shard_id: int) -> None:
-        """Wait until a shard is present and verified; fetch the shard if it is missing.
-
-        Raises:
-            ShardError: The shard cannot be fetched, or is corrupt.
-        """
+        """Wait until a shard is present and verified; fetch the shard if it is missing."""
         deadline = time.monotonic() + self.timeout
         while not self._is_here(shard_id) and not self._fetch(shard_id, left := deadline - time.monotonic()):
             if left <= 0:
@@ -264,11 +244,7 @@ class Shards:
         return True
 
     def _reserve(self, reservation: Path) -> None:
-        """Make room for a shard by evicting the least recently used shards.
-
-        Raises:
-            NoRoomError: The cache has no room yet.
-        """
+        """Make room for a shard by evicting the least recently used shards."""
         # Suppressed: another program may remove the cache.
         with suppress(FileNotFoundError), sole_user(self._locks / "room", self.timeout) as is_our_turn:
             fetching = sum(path.name.endswith(RESERVED) for path in find_partials(self._known))

@@ -179,11 +179,7 @@ def open_mds(index: Index, cache_limit: int | None = None) -> Source:
 
 
 def whole_label(value: Json, source: str) -> int:
-    """Return a label as a whole number.
-
-    Raises:
-        InputError: The value is not a whole number.
-    """
+    """Return a label as a whole number."""
     with suppress(TypeError, ValueError, OverflowError):
         if (label := int(value)) == float(value):
             return label
@@ -199,12 +195,7 @@ def list_folder(root: Path, files: Sequence[File]) -> SampleListing:
 
 
 def load_listed(folder: Path, paths: PackedStrings, fingerprints: Int64Array, number: int) -> bytes:
-    """Read the file at ``paths[number]`` in a folder.
-
-    Raises:
-        InputError: The file cannot be read.
-        RunError: The file has changed since it was listed.
-    """
+    """Read the file at ``paths[number]`` in a folder."""
     path = folder / paths[number]
     with reading(path):
         content = read_sample_file(path)
@@ -241,12 +232,7 @@ def worker_options(num_workers: int, prefetch_factor: int, for_gpu: bool, timeou
 def map_in_workers(
     function: Callable[[ItemT], ResultT], items: Sequence[ItemT], workers: int, for_gpu: bool = False
 ) -> Iterator[ResultT]:
-    """Yield a function's result for each item, in order, computed by at most ``workers`` processes.
-
-    Raises:
-        RunError: A worker was killed, or an OSError was raised.
-        Exception: Any other error of the function.
-    """
+    """Yield a function's result for each item, in order, computed by at most ``workers`` processes."""
 
     def call(item: ItemT) -> tuple[Any, Exception | None]:
         try:

@@ -24,12 +24,7 @@ LEAST_ZEROS, MOST_ZEROS = 1 << 10, 1 << 20
 
 
 def list_samples(snapshot: FileSnapshot, file: BinaryIO, columns: Columns) -> SampleListing:
-    """List the samples of a tar, with their labels if ``columns.labels`` is set, otherwise with their paths.
-
-    Raises:
-        InputError: A sample is ambiguous, or has no label.
-        ValueError, tarfile.TarError: The tar or a label cannot be read.
-    """
+    """List the samples of a tar, with their labels if ``columns.labels`` is set, otherwise with their paths."""
     name, modality = snapshot.name, columns.modality
     left_out, keys, offsets, sizes = Counter[str](), list[str](), array("q"), array("q")
     labels, paths = list[Json](), list[str]()

@@ -10,12 +10,7 @@ from d2v_composer.sources.source import Columns, SampleListing
 
 
 def list_samples(snapshot: FileSnapshot, file: BinaryIO, columns: Columns) -> SampleListing:
-    """List the samples of a zip; see :func:`list_archive`.
-
-    Raises:
-        InputError: A sample cannot be read, or two samples have the same path.
-        ValueError, zipfile.BadZipFile: The zip is damaged, or joined to another file.
-    """
+    """List the samples of a zip; see :func:`list_archive`."""
     with ZipFile(file) as archive:
         members = archive.infolist()
     if members and (before := min(member.header_offset for member in members)):

@@ -55,11 +55,7 @@ class Address(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Parse an address.
-
-        Raises:
-            ValueError: A store's address is malformed.
-        """
+        """Parse an address."""
         match = SCHEME.match(text)
         if match is None:
             return cls("", "", text)
@@ -95,9 +91,6 @@ class RunFolder(NamedTuple):
         """Parse a ``save_folder``, in which ``{run_name}`` stands for ``run_name``.
 
         The key of a store's address is also the path of the local folder.
-
-        Raises:
-            ValueError: The text is malformed, empty or a root, or its path fails :func:`check_path`.
         """
         text = text.replace("{run_name}", run_name)
         address = Address.parse(text)
@@ -115,11 +108,7 @@ class RunFolder(NamedTuple):
 
 
 def place_to_write(text: str | Path) -> str:
-    """Check where a command is to write; return the absolute path, or the address without a trailing slash.
-
-    Raises:
-        ValueError: The text is empty, a malformed address, or the root of a file system or of a store.
-    """
+    """Check where a command is to write; return the absolute path, or the address without a trailing slash."""
     address = Address.parse(os.path.expanduser(text))
     place = str(text).rstrip("/") if address.is_remote else os.path.abspath(address.path)
     if not address.path or os.path.dirname(place) == place:
@@ -128,22 +117,14 @@ def place_to_write(text: str | Path) -> str:
 
 
 def check_run_name(name: str) -> None:
-    """Check that a run's name can be the name of a folder.
-
-    Raises:
-        ValueError: The name is '.' or '..', or has a '/' or other characters that are not allowed.
-    """
+    """Check that a run's name can be the name of a folder."""
     if "/" in name or name in (".", ".."):
         raise ValueError(f"expected a name without '/', other than '.' and '..', got {name!r}")
     check_path(name)
 
 
 def check_path(path: str) -> None:
-    """Check that a path has only characters that Composer uses as written.
-
-    Raises:
-        ValueError: The path is empty, has another character, begins or ends with a space, or begins with //.
-    """
+    """Check that a path has only characters that Composer uses as written."""
     if not CHARACTERS.fullmatch(path) or path != path.strip() or path.startswith("//"):
         hint = "; {run_name} in save_folder is the only placeholder" if "{" in path else ""
         raise ValueError(

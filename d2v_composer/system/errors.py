@@ -88,11 +88,7 @@ def reading(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Convert an OSError of the ``with`` block, which writes ``path``, to a RunError that names ``path``.
-
-    Raises:
-        RunError: The block raised an OSError, or an error that a full disk caused.
-    """
+    """Convert an OSError of the ``with`` block, which writes ``path``, to a RunError that names ``path``."""
     try:
         yield
     except Exception as error:
@@ -104,11 +100,7 @@ def writing(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def errors_of(key: str, kind: type[Exception] = Exception) -> Iterator[None]:
-    """Convert an error of the ``with`` block to an InputError that names ``key``, a config key or a file.
-
-    Raises:
-        InputError: The block raised an error of the class ``kind``.
-    """
+    """Convert an error of the ``with`` block to an InputError that names ``key``, a config key or a file."""
     try:
         yield
     except kind as error:

@@ -101,11 +101,7 @@ def cache_folder() -> Path:
 
 
 def is_remote(address: str | Path) -> bool:
-    """Return True if an address has a scheme, such as ``https``, ``s3`` or ``hf``.
-
-    Raises:
-        InputError: The address is malformed.
-    """
+    """Return True if an address has a scheme, such as ``https``, ``s3`` or ``hf``."""
     try:
         return Address.parse(str(address)).is_remote
     except ValueError as error:
@@ -183,16 +179,6 @@ def fetch_from_hub(
     """Fetch the first file in ``names`` that a repository on the Hugging Face hub has, and return its local path.
 
     If the hub does not give access to the repository, the copy in the local cache is used, with a warning.
-
-    Args:
-        repository: The repository's name, ORG/NAME.
-        names: Paths in the repository.
-        revision: A branch, a tag or a commit; ``None``: the default branch.
-        again: Replace a damaged copy in the cache.
-        options: ``repo_type="dataset"`` for a data set.
-
-    Raises:
-        InputError: None of the files can be fetched, and none is in the local cache.
     """
     from huggingface_hub import HfApi, hf_hub_download
 
@@ -226,15 +212,8 @@ def find_missing_file(address: str) -> str | None:
 def download_existing(address: str, path: Path) -> bool:
     """Fetch a file that may be missing; retry for at most :data:`RETRY_SECONDS`.
 
-    Args:
-        address: Address of the file on a web server or in a store.
-        path: The local path to write; an existing file is replaced only by a complete file.
-
     Returns:
         False if the file is missing.
-
-    Raises:
-        Exception: The error of the store's client, if the file cannot be fetched.
     """
 
     def attempt() -> None:
@@ -251,11 +230,7 @@ def download_existing(address: str, path: Path) -> bool:
 
 
 def exists(address: str) -> bool:
-    """Return True if a file, local or in a store, exists.
-
-    Raises:
-        InputError, RunError: The store cannot be listed.
-    """
+    """Return True if a file, local or in a store, exists."""
     if not is_remote(address):
         return os.path.isfile(address)
     folder, _, name = address.rpartition("/")
@@ -266,9 +241,6 @@ def names_in(folder: str | Path) -> list[str]:
     """Return the names in a local folder, or the paths of all files below a folder in a store.
 
     The list is empty if the folder is missing.
-
-    Raises:
-        InputError: The folder cannot be listed.
     """
     if is_remote(folder):
         return [file.path for file in list_store(str(folder))]
@@ -277,11 +249,7 @@ def names_in(folder: str | Path) -> list[str]:
 
 
 def check_outputs(*outputs: str, overwrite: bool) -> None:
-    """Check that output files, local or in a store, are new or may be replaced.
-
-    Raises:
-        InputError: A file exists and may not be replaced, or cannot be written.
-    """
+    """Check that output files, local or in a store, are new or may be replaced."""
     for output in outputs:
         if not is_remote(output):
             check_out_file(Path(output), overwrite=overwrite)
@@ -290,17 +258,7 @@ def check_outputs(*outputs: str, overwrite: bool) -> None:
 
 
 def put(path: Path, address: str, denial_passes: bool = False) -> None:
-    """Move a file to its final path, or upload the file to a store with retries for at most :data:`RETRY_SECONDS`.
-
-    Args:
-        path: The complete file; if ``address`` is a local path, the file must be on the same disk.
-        address: The file's final path or address.
-        denial_passes: Also retry while the store denies the upload.
-
-    Raises:
-        RunError: The store cannot be written.
-        OSError: The disk fails.
-    """
+    """Move a file to its final path, or upload the file to a store with retries for at most :data:`RETRY_SECONDS`."""
     if not is_remote(address):
         move(path, Path(address))
         return
@@ -314,18 +272,8 @@ def put(path: Path, address: str, denial_passes: bool = False) -> None:
 def transfer(address: str, path: Path, timeout: float, known: str | None = None) -> str:
     """Fetch a file without retries; a failure may leave a partial file at ``path``.
 
-    Args:
-        address: Address of the file on a web server or in a store.
-        path: The local file to write.
-        timeout: Seconds to wait for an answer or for more bytes.
-        known: A version that need not be fetched.
-
     Returns:
         The file's version, such as its ETag; '' if unknown.
-
-    Raises:
-        UnchangedError: The file has the known version.
-        Exception: The file cannot be fetched.
     """
     if address.startswith(("https://", "http://")):
         return _transfer_from_web(address, path, timeout, known)
@@ -385,15 +333,7 @@ def _transfer_from_s3(address: str, path: Path, timeout: float, known: str | Non
 
 
 def list_store(folder: str, name: str = "") -> list[File]:
-    """List the files below a folder in a store, sorted.
-
-    Args:
-        folder: The address, in one of :data:`~d2v_composer.system.addresses.STORES`, without a slash at the end.
-        name: List only the files whose paths below the folder begin with this text.
-
-    Raises:
-        InputError: The folder cannot be listed.
-    """
+    """List the files below a folder in a store, sorted."""
     try:
         return sorted(retry(lambda: _list(folder, name), folder, READ_SECONDS, lasting_attempts=1))
     except Exception as error:
@@ -401,15 +341,7 @@ def list_store(folder: str, name: str = "") -> list[File]:
 
 
 def list_etags(folder: str, name: str = "") -> dict[str, str]:
-    """Return name → ETag of the objects in a folder in S3, without subfolders; empty if the folder is not in S3.
-
-    Args:
-        folder: The address, without a slash at the end.
-        name: List only the objects whose names begin with this text.
-
-    Raises:
-        RunError: The store cannot be listed.
-    """
+    """Return name → ETag of the objects in a folder in S3, without subfolders; empty if the folder is not in S3."""
     if not folder.startswith("s3://"):
         return {}
     try:
@@ -479,13 +411,6 @@ def retry(
 
     A local error (see :func:`is_local`) is raised immediately. Otherwise, the last error is raised after ``timeout``,
     or as soon as ``lasting_attempts`` errors were lasting (see :func:`is_lasting`).
-
-    Args:
-        attempt: The function to call, at least once.
-        what: Address that the function uses, for the log.
-        timeout: Seconds in which new attempts start; a running attempt is not interrupted.
-        lasting_attempts: Number of lasting errors after which the last of them is raised.
-        denial_passes: Do not count HTTP errors as lasting.
     """
     start = time.monotonic()
     pause, num_lasting = FIRST_PAUSE, 0

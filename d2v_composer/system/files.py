@@ -40,10 +40,6 @@ def check_out_file(path: Path, *, overwrite: bool = True) -> None:
     """Check that a file can be written; its folder need not exist.
 
     Without ``overwrite``, :func:`move` also refuses to replace a file that was created after this check.
-
-    Raises:
-        InputError: The path is a folder or an address, its parent is not writable, or the file exists and ``overwrite``
-            is false.
     """
     if re.match(r"\w\w+:/", path.as_posix()):  # not C:/
         raise InputError(f"{path}: expected the path of a local file, not an address")
@@ -78,15 +74,7 @@ def flush(path: Path) -> None:
 
 
 def move(partial: Path, path: Path) -> None:
-    """Rename a complete file to its final path, replacing an existing file; the new file survives a loss of power.
-
-    Args:
-        partial: The file, in a folder on the same disk.
-        path: The final path.
-
-    Raises:
-        InputError: :func:`check_out_file`, without ``overwrite``, found no file at ``path``, and now there is a file.
-    """
+    """Rename a complete file to its final path, replacing an existing file; the new file survives a loss of power."""
     flush(partial)  # or the name might reach the disk before the content
     if path in _free:
         _check_free(path)
@@ -96,17 +84,7 @@ def move(partial: Path, path: Path) -> None:
 
 
 def check_owned(folder: Path | str, names: Iterable[str], mark: str, key: str) -> None:
-    """Check that a folder, local or in a store, holds no foreign files.
-
-    Args:
-        folder: The folder's path or address.
-        names: The names or paths in the folder.
-        mark: Name of the file that marks a folder as written by d2v.
-        key: The setting that chooses the folder, for the error.
-
-    Raises:
-        InputError: The folder has files, but not the file ``mark``.
-    """
+    """Check that a folder, local or in a store, holds no foreign files."""
     inside = {name.partition("/")[0] for name in names}
     if inside and mark not in inside:
         raise InputError(f"{key}: {folder} holds foreign files, such as {min(inside)}; choose another folder")
@@ -117,10 +95,6 @@ def partial_file(path: Path, *, sync: bool = True) -> Iterator[Path]:
     """Yield the path of a temporary file to write, which is renamed to ``path`` when the ``with`` block ends.
 
     After an error, the temporary file is removed, and ``path`` is as before.
-
-    Args:
-        path: The final path. Missing folders are made.
-        sync: Let the file survive a loss of power; see :func:`move`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.randbits(32)}.partial")
@@ -136,11 +110,7 @@ def partial_file(path: Path, *, sync: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def out_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path as :func:`partial_file` does; the final file has the permissions of a new file.
-
-    Raises:
-        RunError: The disk is full or fails.
-    """
+    """Yield a temporary path as :func:`partial_file` does; the final file has the permissions of a new file."""
     with writing(path), partial_file(path) as partial:
         partial.touch()
         mode = stat.S_IMODE(partial.stat().st_mode)
@@ -149,11 +119,7 @@ def out_file(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, contents: str | bytes) -> None:
-    """Write a complete file, or leave ``path`` as it was.
-
-    Raises:
-        RunError: The file cannot be written.
-    """
+    """Write a complete file, or leave ``path`` as it was."""
     with writing(path), partial_file(path) as partial:
         # A file's name may be no UTF-8.
         partial.write_bytes(contents.encode(errors="backslashreplace") if isinstance(contents, str) else contents)
@@ -172,10 +138,6 @@ def acquire(path: Path, wait: float = 0) -> FileLock | None:
     """Lock a file until the lock is released, or this process ends.
 
     On a file system without locks, a warning is logged, and the lock has no effect.
-
-    Args:
-        path: The file, which is created if missing, and may be emptied.
-        wait: Maximum time to wait for another holder, in seconds.
 
     Returns:
         The lock; ``None`` if the file is locked elsewhere, even in this process, or if its folder was removed
@@ -201,12 +163,7 @@ def missing_parts(path: Path) -> list[Path]:
 
 
 def release(lock: FileLock, made: Sequence[Path]) -> None:
-    """Release a lock; first remove what was created for it, unless other files were added there.
-
-    Args:
-        lock: The lock.
-        made: Which of its file and folders were missing before it was acquired; see :func:`missing_parts`.
-    """
+    """Release a lock; first remove what was created for it, unless other files were added there."""
     with suppress(OSError):
         if made and [*made[0].parent.iterdir()] == [made[0]]:
             made[0].unlink()
@@ -238,16 +195,7 @@ def shorten_socket_paths() -> None:
 
 
 def check_room(folder: Path, what: str, total: int, stored: int, advice: str, limit: int | None = None) -> str | None:
-    """Return an error message if a disk lacks space for a node's share of what all nodes store; otherwise ``None``.
-
-    Args:
-        folder: The folder on this node, which need not exist.
-        what: Plural noun for what is stored, for the message.
-        total: Bytes on all nodes together.
-        stored: Bytes that are in the folder already.
-        advice: How the user can save space, for the message.
-        limit: Largest number of bytes on a node; default: no limit.
-    """
+    """Return an error message if a disk lacks space for a node's share of what all nodes store; otherwise ``None``."""
     share = total // num_nodes()
     needed = min(share, limit or share) - stored
     present = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
@@ -260,11 +208,7 @@ def check_room(folder: Path, what: str, total: int, stored: int, advice: str, li
 
 
 def read_json(path: Path, kind: type[KindT]) -> KindT:
-    """Read a JSON file whose content must be of the type ``kind``, such as ``list[str]`` or a TypedDict.
-
-    Raises:
-        InputError: The file cannot be read, or its content is of another type.
-    """
+    """Read a JSON file whose content must be of the type ``kind``, such as ``list[str]`` or a TypedDict."""
     from pydantic import TypeAdapter, ValidationError  # a fifth of a second
 
     with reading(path):

@@ -19,10 +19,6 @@ class FolderLock:
     Args:
         folder: The run's folder. If the lock creates the folder and nothing else is written there, the folder is
             removed on release.
-
-    Raises:
-        InputError: Another run uses the folder, the folder holds foreign files or those of a run with another address,
-            or the folder cannot be written.
     """
 
     def __init__(self, folder: RunFolder) -> None:

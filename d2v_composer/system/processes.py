@@ -298,11 +298,7 @@ class Part(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Parse I/N, the part with index I of N parts.
-
-        Raises:
-            ValueError: The text is something else, I is not below N, or N is above 100,000.
-        """
+        """Parse I/N, the part with index I of N parts."""
         number, _, count = text.partition("/")
         if not (number.isdecimal() and count.isdecimal() and int(number) < int(count) <= 100_000):
             raise ValueError(f"must be I/N with 0 <= I < N <= 100,000, got {text!r}")

@@ -26,11 +26,7 @@ _turns = itertools.count()
 
 
 def join_ranks(longest_wait: float) -> None:
-    """Initialize torch.distributed if there are several ranks, and run a first collective on this rank's device.
-
-    Args:
-        longest_wait: Seconds for which a rank may wait for its samples; collectives time out later.
-    """
+    """Initialize torch.distributed if there are several ranks, and run a first collective on this rank's device."""
     device = get_device(None)  # makes a GPU the current device
     if dist.get_world_size() > 1:
         dist.initialize_dist(device, max(COLLECTIVE_SECONDS, longest_wait + LATE_SECONDS))
@@ -54,10 +50,6 @@ def leaders_first(leaders: Collection[int], what: str) -> Iterator[None]:
     """Let the ranks ``leaders`` run a ``with`` block before the other ranks; all ranks must call this function.
 
     The block may take hours. ``what`` names the block in errors.
-
-    Raises:
-        InputError: On the waiting ranks, if a leader raised an InputError.
-        RuntimeError: On the waiting ranks, if a leader failed otherwise or stopped responding.
     """
     if dist.get_world_size() == 1:
         yield
@@ -125,11 +117,7 @@ def _wait(store: Any, key: str, who: str) -> None:
 
 
 def raise_on_all_ranks(fault: str | None) -> None:
-    """Raise, on every rank, a fault that any rank found; all ranks must call this function.
-
-    Raises:
-        InputError: A rank found a fault; the message is the fault of the lowest such rank.
-    """
+    """Raise, on every rank, a fault that any rank found; all ranks must call this function."""
     for problem in dist.all_gather_object(fault):
         if problem is not None:
             raise InputError(problem)

@@ -30,11 +30,7 @@ logging.getLogger("composer.core.engine").addFilter(_shorten)
 
 @contextmanager
 def patched_composer(loaded: object) -> Iterator[None]:
-    """Patch Composer while a Trainer is constructed in the ``with`` block.
-
-    Args:
-        loaded: Contents of the checkpoint at the Trainer's ``load_path``.
-    """
+    """Patch Composer while a Trainer is constructed in the ``with`` block."""
     common_name = dist.get_node_signal_file_name
 
     def name_of_this_node(rng: random.Random | None = None) -> str:

@@ -126,11 +126,7 @@ def build_train_loader(
 
 
 def check_memory(loader: LoaderConfig, batch_size: int, sample_bytes: int) -> None:
-    """Check that the node has enough shared memory for the batches of its ranks.
-
-    Raises:
-        InputError: A node has too little shared memory.
-    """
+    """Check that the node has enough shared memory for the batches of its ranks."""
     # SIGBUS would silently kill a process that writes more than is free.
     batch_bytes, workers = batch_size // dist.get_world_size() * sample_bytes, loader.num_workers
     # Beside those made in advance, each rank has one in the making and one in use.

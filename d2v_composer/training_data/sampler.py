@@ -188,9 +188,6 @@ class StreamingSamples(OrderedSamples):
 
     Attributes:
         order: The sampler.
-
-    Raises:
-        InputError: ``cache_limit`` is too small, or set for a local data set.
     """
 
     def __init__(
@@ -213,12 +210,7 @@ class StreamingSamples(OrderedSamples):
 
     @override
     def __getitem__(self, sample: Sample) -> Any:
-        """Return one augmented sample.
-
-        Raises:
-            ShardError: The sample's shard cannot be fetched, or is corrupt.
-            InputError: The sample cannot be decoded, or its label is out of range.
-        """
+        """Return one augmented sample."""
         epoch, sample_id, ahead = sample
         index, source = self.index, f"sample {sample_id} of {self.index.folder}"
         self.shards.fetch_ahead(ahead)
