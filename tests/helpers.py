@@ -443,21 +443,3 @@ def read_record(folder: Path) -> Record:
 def assert_succeed(programs: list[Program]) -> None:
     for program in programs:
         assert program.wait(120) == 0, program.stderr
-
-
-def small_finetuning(folder: Path, model: Path | str, data: Path, *overrides: str) -> list[str]:
-    """Return the arguments of a tiny fine-tuning: 12 batches of 16, 6 checkpoints."""
-    return [
-        str(ROOT / "yamls" / "finetune.yaml"),
-        f"model={model}",
-        f"dataset={{format: mds, root: {data}}}",
-        f"save_folder={folder}",
-        "precision=fp32",
-        "max_duration=12ba",
-        "global_train_batch_size=16",
-        "scheduler.t_warmup=2ba",
-        "save_interval=2ba",
-        "train_loader.num_workers=0",
-        "report=false",  # seconds
-        *overrides,
-    ]

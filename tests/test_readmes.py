@@ -21,9 +21,8 @@ from d2v_composer.config.load import (
     find_section,
     load_config,
     load_evaluate_config,
-    load_finetune_config,
 )
-from d2v_composer.config.schema import EvaluateConfig, FinetuneConfig, LabeledSetConfig, TrainConfig
+from d2v_composer.config.schema import EvaluateConfig, LabeledSetConfig, TrainConfig
 from d2v_composer.models import precision
 from d2v_composer.system import fetch
 from d2v_composer.system.errors import InputError
@@ -32,7 +31,7 @@ from recipes.ablations import Ablations
 
 FOLDERS = (".github", "recipes", "yamls", "tests", "d2v_composer")
 PAGES = sorted([*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in (ROOT / folder).glob("**/*.md"))])
-SCHEMAS = (TrainConfig, EvaluateConfig, FinetuneConfig)
+SCHEMAS = (TrainConfig, EvaluateConfig)
 # Reader of a YAML → how it is checked, and the YAML that stands for one that is not in the repository.
 READERS = {
     "train": (load_config, "yamls/distill.yaml"),
@@ -40,7 +39,6 @@ READERS = {
     "own_teacher.py": (load_config, "yamls/quickstart.yaml"),
     "run.py": (load_config, "yamls/distill.yaml"),
     "evaluate": (load_evaluate_config, "yamls/evaluate.yaml"),
-    "finetune.py": (load_finetune_config, "yamls/finetune.yaml"),
 }
 
 
@@ -95,7 +93,7 @@ def test_dotted_keys_exist(page: Path) -> None:
 # Script → how many arguments it may have.
 POSITIONALS = {"ray_embed.py": (3, 4), "embed_onnx.py": (3,)}
 # Scripts whose parser is a public name.
-PARSERS = ("benchmark.py", "detect.py")
+PARSERS = ("benchmark.py", "detect.py", "finetune.py")
 # Suffix of a file → its lines of shell.
 SHELL = {
     ".md": r"^```(?:sh|bash|console)\n((?s:.*?))^```",
@@ -183,7 +181,6 @@ def test_d2v_fields_prints_a_section(capsys: pytest.CaptureFixture[str]) -> None
     print_fields(["optimizer"])
     printed = capsys.readouterr().out
     assert "| `optimizer.betas` | `[0.9, 0.98]` |" in printed
-    assert "`optimizer.layer_decay`" in printed
     assert "train_loader" not in printed
     with pytest.raises(InputError, match=r"SECTION: .*'optimiser' \(allowed: training, train_loader, "):
         print_fields(["optimiser"])

@@ -76,10 +76,3 @@ def broadcast_statistics(model: torch.nn.Module) -> None:
     for name, buffer in model.named_buffers():
         if "running_" in name:
             dist.broadcast(buffer, 0)
-
-
-class SharedStatistics(Callback):
-    """Give all ranks the BatchNorm statistics of rank 0 before each evaluation."""
-
-    def eval_start(self, state: State, logger: Logger) -> None:
-        broadcast_statistics(state.model)

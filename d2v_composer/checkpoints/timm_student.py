@@ -182,6 +182,10 @@ class TimmWrapper(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Return the patterns by which timm groups parameters for a learning rate that decays with depth."""
+        return {"stem": r"^student\.encoder", "blocks": r"^student\.blocks\.(\d+)"}
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.student.checkpoint_activations(enable)
 

@@ -3,7 +3,7 @@
     d2v fields
     d2v fields optimizer
 
-SECTION is training, evaluation, fine-tuning, datasets, or a section of a YAML, such as optimizer.
+SECTION is training, evaluation, datasets, or a section of a YAML, such as optimizer.
 """
 
 import json
@@ -39,7 +39,7 @@ def find_tables() -> Iterator[tuple[str, str, str]]:
     are only named.
     """
     from d2v_composer.config.load import find_section
-    from d2v_composer.config.schema import EvaluateConfig, FinetuneConfig, LabeledSetConfig, TrainConfig
+    from d2v_composer.config.schema import EvaluateConfig, LabeledSetConfig, TrainConfig
 
     def find_rows(schema: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         for name, field in schema.model_fields.items():
@@ -53,7 +53,6 @@ def find_tables() -> Iterator[tuple[str, str, str]]:
     training = set(find_rows(TrainConfig))
     readers = {
         "evaluation": EvaluateConfig,
-        "fine-tuning": FinetuneConfig,
         "datasets": LabeledSetConfig,
     }
     for reader, schema in {"training": TrainConfig, **readers}.items():

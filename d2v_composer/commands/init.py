@@ -23,7 +23,6 @@ NAMES = sorted(path.stem for path in YAMLS.glob("*.yaml"))
 # YAML → what reads it, if that is not d2v train.
 READERS = {
     "evaluate": d2v("evaluate", "FILE.yaml", "model=PATH"),
-    "finetune": "in a clone of the repository: composer recipes/finetune.py FILE.yaml model=PATH",
 }
 
 

@@ -16,9 +16,6 @@ CALLBACKS = {
 
 ALGORITHMS = {
     "gradient_clipping": "d2v_composer.callbacks.algorithms:GradientClipping",
-    "mixup": "composer.algorithms:MixUp",
-    "cutmix": "composer.algorithms:CutMix",
-    "label_smoothing": "composer.algorithms:LabelSmoothing",
 }
 """Name in the section ``algorithms`` → 'module:class'."""
 

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from d2v_composer.config.schema import NEEDS_DATA, EvaluateConfig, FinetuneConfig, RunConfig, TrainConfig
+from d2v_composer.config.schema import NEEDS_DATA, EvaluateConfig, RunConfig, TrainConfig
 from d2v_composer.config.types import describe_problem, suggest
 from d2v_composer.models.provenance import Json, Record
 from d2v_composer.system.errors import InputError, reading
@@ -42,11 +42,6 @@ def load_config(argv: Sequence[str], values: Mapping[str, Json] = {}, *, needs_d
         2
     """
     return load_checked(TrainConfig, argv, values, NEEDS_DATA if needs_data else None)
-
-
-def load_finetune_config(argv: Sequence[str]) -> FinetuneConfig:
-    """Read and check the YAML and overrides of a fine-tuning run; see :func:`load_config`."""
-    return load_checked(FinetuneConfig, argv)
 
 
 def load_evaluate_config(argv: Sequence[str]) -> EvaluateConfig:

@@ -1,4 +1,4 @@
-"""Fields of the YAMLs for distillation, fine-tuning and evaluation, with their limits, defaults and descriptions."""
+"""Fields of the YAMLs for distillation and evaluation, with their limits, defaults and descriptions."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -241,7 +241,7 @@ class AlgorithmsConfig(Section):
 
 
 class LabeledSetConfig(Section):
-    """A data set for measurements of embeddings, or for fine-tuning."""
+    """A data set for measurements of embeddings."""
 
     format: Annotated[Literal[FORMATS] | None, Field(description=FORMAT)] = None  # pyright: ignore[reportInvalidTypeForm]
     root: AddressText
@@ -414,77 +414,6 @@ class TrainConfig(TrainerConfig):
         measures_top1 = any(self.retrieval.datasets.values()) and 1 in self.retrieval.ks
         if self.save_best and (self.save_folder is None or not measures_top1):
             yield ".save_best: must be false unless save_folder and retrieval.datasets are set and retrieval.ks has a 1"
-
-
-class LayerwiseOptimizerConfig(OptimizerConfig):
-    """The optimizer, with a learning rate that depends on the depth of a layer."""
-
-    layer_decay: Annotated[float, Field(ge=0.01, le=1)] = 1.0
-    """Ratio of a block's learning rate to the next block's learning rate. The head's learning rate is ``lr``."""
-
-
-class LabelSmoothingConfig(Section):
-    smoothing: Fraction = 0.1
-    """Strength of the smoothing, from 0 (the label alone) to 1 (all classes alike)."""
-
-
-class MixUpConfig(Section):
-    alpha: Positive = 0.2
-    """Parameter of the Beta distribution from which the mixing weight is drawn."""
-
-
-class CutMixConfig(Section):
-    alpha: Positive = 1.0
-    """Parameter of the Beta distribution from which the mixing weight is drawn."""
-
-
-class ClassifierAlgorithmsConfig(AlgorithmsConfig):
-    """Composer's algorithms. {} turns an algorithm on with its default arguments, null turns the algorithm off."""
-
-    mixup: MixUpConfig | None = None
-    """Composer's MixUp; must be null with cutmix."""
-    cutmix: CutMixConfig | None = None
-    """Composer's CutMix; must be null with mixup."""
-    label_smoothing: LabelSmoothingConfig | None = None
-    """Composer's LabelSmoothing."""
-
-    def contradictions(self) -> Iterator[str]:
-        if self.mixup is not None and self.cutmix is not None:
-            yield ".cutmix: must be null with mixup, because Composer computes wrong targets with both"
-
-
-class LabeledRunConfig(TrainerConfig):
-    """Fields of fine-tuning."""
-
-    eval_interval: Duration = "1ep"
-    """Time between evaluations, in batches or epochs. The last evaluation is at the end of the run."""
-
-    def contradictions(self) -> Iterator[str]:
-        yield from super().contradictions()
-        if self.callbacks.get("health") is not None:
-            yield ".callbacks.health: must be null in fine-tuning, which has no teacher"
-
-
-class FinetuneConfig(LabeledRunConfig, ModelReference):
-    """Fields of recipes/finetune.py."""
-
-    train_encoder: Annotated[bool, FIXED] = False
-    """Also train the shared encoder (the input layers and the first blocks) or, for a timm student, the whole model.
-    false: train only the other blocks and the head."""
-    dataset: LabeledSetConfig
-    """The MDS data set, with training samples in ROOT/train and test samples in ROOT/test. With
-    ``train_loader.remote``, ROOT/train is the cache of the training samples."""
-    train_loader: ShardLoaderConfig = ShardLoaderConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
-    optimizer: Annotated[LayerwiseOptimizerConfig, FIXED] = LayerwiseOptimizerConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
-    algorithms: Annotated[ClassifierAlgorithmsConfig, NEW_RESULT] = ClassifierAlgorithmsConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
-
-    def contradictions(self) -> Iterator[str]:
-        yield from super().contradictions()
-        if self.dataset.format not in (None, "mds"):
-            advice = "write ROOT/train and ROOT/test with d2v convert-images or convert-audio"
-            yield f".dataset.format: must be mds or null, got {self.dataset.format}; {advice}"
-        if self.dataset.label_column is None:
-            yield ".dataset.label_column: must name the column of the labels, got null"
 
 
 class EvaluateConfig(RunConfig, LookupConfig, ModelReference):

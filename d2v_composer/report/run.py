@@ -51,9 +51,8 @@ class Run(NamedTuple):
 
     @property
     def retrieval(self) -> Mapping[str, Any]:
-        """The section ``retrieval`` of the config; for fine-tuning, a section without data sets."""
-        config = self.record["config"]
-        return {"datasets": {}, "max_images": None} if "dataset" in config else config["retrieval"]
+        """The section ``retrieval`` of the config."""
+        return self.record["config"]["retrieval"]
 
 
 def latest(values: Mapping[int, float]) -> float | None:
@@ -62,7 +61,7 @@ def latest(values: Mapping[int, float]) -> float | None:
 
 
 def read_run(folder: Path) -> Run:
-    """Read the folder of a distillation or a fine-tuning, finished or not.
+    """Read the folder of a run, finished or not.
 
     A data set that cannot be read, or has changed since the run, is left out, with a printed line.
     """

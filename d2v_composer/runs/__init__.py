@@ -1,1 +1,1 @@
-"""Runs of distillation, fine-tuning and evaluation."""
+"""Runs of distillation and evaluation."""

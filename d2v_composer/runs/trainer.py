@@ -164,7 +164,6 @@ def try_timm_student(
     key: str,
     student: Backbone,
     config: TrainerConfig,
-    head: nn.Linear | None = None,
 ) -> None:
     """Check that a timm student can be trained with the run's batch sizes, and then exported."""
     if not isinstance(student.config, TimmNetworkConfig):
@@ -182,32 +181,24 @@ def try_timm_student(
         for name, buffer in trial.named_buffers():
             if "running_" in name:  # a new BatchNorm changes nothing
                 buffer.add_(torch.rand_like(buffer))
-        trial.head = head and nn.Linear(head.in_features, head.out_features)
-        if head is None:
-            trial.train_alignment(trial.embedding)  # as in the file
+        trial.train_alignment(trial.embedding)  # as in the file
         convert_to_timm(key, trial)
 
 
-def build_optimizer(
-    config: OptimizerConfig,
-    model: nn.Module,
-    depths: Mapping[str, int] | None = None,
-    layer_decay: float = 1.0,
-) -> torch.optim.Optimizer:
+def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer of the parameters that require gradients."""
-    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    depths = depths or dict.fromkeys(weights, 0)
-    last = max(depths.values())
-    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
-    for name, depth in depths.items():
-        groups.setdefault((last - depth, weights[name].ndim <= 1), []).append(weights[name])
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    groups = {
+        is_vector: [weight for weight in weights if (weight.ndim <= 1) == is_vector] for is_vector in (False, True)
+    }
     arguments = [
         {
-            "params": groups[distance, is_vector],
-            "lr": config.lr * layer_decay**distance,
+            "params": group,
+            "lr": config.lr,
             "weight_decay": 0.0 if is_vector and not config.decay_norms_and_biases else config.weight_decay,
         }
-        for distance, is_vector in sorted(groups)
+        for is_vector, group in groups.items()
+        if group
     ]
     kind = OPTIMIZERS[config.name]
     return resolve_name(kind.path)(arguments, betas=config.betas, eps=config.eps, **kind.arguments)

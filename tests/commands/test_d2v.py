@@ -32,7 +32,7 @@ for program, *arguments in json.loads(sys.argv[1]):
 
 
 # Programs to read, which import what they need at their head.
-PLAIN = {"benchmark.py", "detect.py", "embed_onnx.py", "minimal.py", "own_teacher.py", "stock.py"}
+PLAIN = {"benchmark.py", "detect.py", "embed_onnx.py", "finetune.py", "minimal.py", "own_teacher.py", "stock.py"}
 
 
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.encoder import Inputs, count_flop
 from d2v_composer.objectives.compilation import compile_model
 from d2v_composer.objectives.distillation import DistillationModel
-from d2v_composer.runs.classifier import Classifier
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, assert_same_numbers, refused_by
 from steps import flops_of_a_step, total_loss
@@ -139,23 +138,6 @@ def test_without_cls_and_a_final_norm_there_are_fewer_embeddings(teacher: Any) -
         student.embed(sound(), pooling="cls")
     with pytest.raises(InputError, match="no layer_mean_mean; it has output_mean, output_mean_patches"):
         teacher.choose_embedding("mean", "layer_mean")
-
-
-@pytest.mark.parametrize("train_encoder", [False, True])
-def test_a_classifier_of_padded_clips(teacher: Any, train_encoder: bool) -> None:
-    """Its logits are those of each clip alone, and all that trains has a gradient."""
-    model = Classifier(teacher.build_student(depth=1), 3, train_encoder=train_encoder)
-    torch.nn.init.normal_(model.head.weight)
-    labels = torch.tensor([0, 2, 1])
-    batch = model.prepare((sound(), labels, LENGTHS))
-    assert torch.equal(batch[0], sound())  # the encoder normalizes
-    logits = model(batch)
-    for i, clip in enumerate(clips_of(sound())):
-        assert_same_numbers(logits[i : i + 1], model((clip, labels)))
-    model.loss(logits, batch).backward()
-    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
-    assert {name for name, weight in model.named_parameters() if weight.grad is not None} == trained
-    assert any("local_encoder" in name for name in trained) == train_encoder
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ TEACHER = GOLDEN / "tiny_base.pt"
 D2V_SCRIPT = Path(sys.executable).with_name("d2v")
 COMMANDS = ["distill", "train", "init", "evaluate", "export", "embed", "report", "fields"]
 COMMANDS += ["convert-teacher", "random-teacher", "convert-images", "convert-audio"]
-RECIPES = ("train", "finetune", "ablations")
+RECIPES = ("train", "ablations")
 
 
 def seconds_of_help(*command: str | Path) -> float:
