@@ -6,7 +6,6 @@ import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from composer.core import Callback, Event, State
@@ -17,7 +16,7 @@ from tqdm import tqdm
 from d2v_composer.callbacks.alignment import AlignStudent
 from d2v_composer.callbacks.logging import Uploads
 from d2v_composer.callbacks.trainer_state import find_callback, has_ended, loss_scale
-from d2v_composer.checkpoints.checkpoint import BEST, LATEST, LOG
+from d2v_composer.checkpoints.checkpoint import LATEST, LOG
 from d2v_composer.checkpoints.saving import (
     ADVICE,
     prune,
@@ -31,7 +30,6 @@ from d2v_composer.system import processes
 from d2v_composer.system.addresses import MARK, RunFolder
 from d2v_composer.system.errors import RunError, writing
 from d2v_composer.system.fetch import put
-from d2v_composer.system.files import move
 from d2v_composer.system.folder_lock import FolderLock
 from d2v_composer.system.ranks import rank_zero_first
 
@@ -83,11 +81,6 @@ class Checkpoints(Callback):
         advice: Text that follows the folder's name in the line that is printed after a signal.
         stop: The signal, updated at the end of each batch. Pass ``stop.ends_retrieval`` to ZeroShotRetrieval as
             ``should_stop``.
-        save_best: Also save a checkpoint, ``best-rank0.pt``, when ``metrics/mean/top1`` of ZeroShotRetrieval is the
-            highest so far.
-
-    Attributes:
-        best: With ``save_best``, the highest ``metrics/mean/top1`` so far, kept in checkpoints; -1 if there is none.
     """
 
     def __init__(
@@ -98,10 +91,8 @@ class Checkpoints(Callback):
         uploads: Uploads | None = None,
         advice: str = "",
         stop: Stop | None = None,
-        save_best: bool = False,
     ) -> None:
         self.folder, self.num_to_keep, self.uploads, self.advice = folder, num_to_keep, uploads, advice
-        self.save_best, self.best = save_best, -1.0
         self.is_due = create_interval_scheduler(save_interval)
         self.stop = stop or Stop()
         self.last_saved = -1
@@ -127,29 +118,6 @@ class Checkpoints(Callback):
         if has_ended(state) and not self.stop.is_last_batch:
             self.last_saved = -1  # the last batch's checkpoint was saved before the epoch ended
             self._save(state)
-
-    def eval_end(self, state: State, logger: Logger) -> None:
-        """With ``save_best``, save a checkpoint if the mean top-1 accuracy is the highest so far."""
-        if self.folder is None or not self.save_best or state.dataloader_label != "retrieval":
-            return
-        mean = float(state.eval_metrics["retrieval"]["mean/top1"].compute())
-        if mean <= self.best:
-            return
-        self.best = mean
-        if (align := find_callback(state, AlignStudent)) is not None:
-            align.fit(state)
-        with rank_zero_first("the uploads"):  # a file that is replaced during its upload arrives in pieces of both
-            if self.uploads is not None:
-                self.uploads.wait()
-        write_state(state, path := self.folder.local / BEST, move)
-        if self.uploads is not None and dist.get_global_rank() == 0:
-            self.uploads.start(self.uploads.upload, path)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best = state.get("best", self.best)  # earlier releases kept none
 
     def _save(self, state: State) -> None:
         batch = int(state.timestamp.batch)
@@ -194,7 +162,7 @@ class Checkpoints(Callback):
         """Mark the folder, and its copy in a store, as the run's; call this method after all checks of the run.
 
         Without a checkpoint in the folder, the log is deleted. If the store lacks the folder's newest checkpoint, the
-        newest and the best checkpoint are uploaded.
+        newest checkpoint is uploaded.
         """
         with rank_zero_first("save_folder"):
             if self.folder is not None and self.lock is not None:

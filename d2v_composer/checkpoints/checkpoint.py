@@ -31,7 +31,6 @@ from d2v_composer.system.files import check_owned
 
 CHECKPOINT_NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
 LATEST = "latest-rank0.pt"
-BEST = "best-rank0.pt"
 # Composer's pointer in a store: a small file that contains the key of the newest checkpoint.
 STORED_POINTER = f"{LATEST}.symlink"
 LOG = "log.jsonl"

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from composer.utils import dist
 
 from d2v_composer.checkpoints.checkpoint import (
-    BEST,
     LATEST,
     LOG,
     Checkpoint,
@@ -64,7 +63,6 @@ def find_newest(
                 download_checkpoint(f"{folder.address}/{name}", fetched)
                 accept(checkpoint := read_checkpoint(fetched)._replace(path=path))
                 download(f"{folder.address}/{LOG}", local_log)
-                download(f"{folder.address}/{BEST}", folder.local / BEST)
                 return checkpoint
         return None
 

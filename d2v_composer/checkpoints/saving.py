@@ -13,7 +13,7 @@ from composer.utils import dist
 from composer.utils.checkpoint import save_checkpoint
 from torch import Tensor
 
-from d2v_composer.checkpoints.checkpoint import BEST, LATEST, LOG, STORED_POINTER, newest_first, stored_checkpoints
+from d2v_composer.checkpoints.checkpoint import LATEST, LOG, STORED_POINTER, newest_first, stored_checkpoints
 from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.errors import reason, writing
 from d2v_composer.system.fetch import list_names, open_store, put
@@ -96,11 +96,9 @@ def upload_checkpoint(path: Path, address: str) -> None:
 
 
 def upload_missing(folder: RunFolder) -> None:
-    """Upload a run's newest and best checkpoints; do nothing if the store has the newest already."""
+    """Upload a run's newest checkpoint unless the store has it already."""
     newest = Path(os.path.realpath(folder.local / LATEST))
     if folder.address is not None and newest.exists() and newest.name not in stored_checkpoints(folder.address)[:1]:
-        if (best := newest.with_name(BEST)).exists():
-            put(best, f"{folder.address}/{BEST}", denial_passes=True)
         upload_checkpoint(newest, folder.address)
 
 

@@ -405,15 +405,6 @@ class TrainConfig(TrainerConfig):
     train_loader: TrainLoaderConfig  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
     alignment: Annotated[AlignmentConfig, NEW_RESULT] = AlignmentConfig()
     retrieval: Annotated[RetrievalConfig, NEW_RESULT] = RetrievalConfig()
-    save_best: bool = False
-    """Also keep, as ``best-rank0.pt``, the checkpoint with the highest ``metrics/mean/top1``: the top-1 retrieval
-    accuracy, averaged over the data sets and over the splits that are searched, train and test."""
-
-    def contradictions(self) -> Iterator[str]:
-        yield from super().contradictions()
-        measures_top1 = any(self.retrieval.datasets.values()) and 1 in self.retrieval.ks
-        if self.save_best and (self.save_folder is None or not measures_top1):
-            yield ".save_best: must be false unless save_folder and retrieval.datasets are set and retrieval.ks has a 1"
 
 
 class EvaluateConfig(RunConfig, LookupConfig, ModelReference):

@@ -102,7 +102,6 @@ def train_student(
         algorithms=algorithms,
         loggers=loggers,
         stop=stop,
-        save_best=config.save_best,
         optimizers=build_optimizer(config.optimizer, model),
     )
     when_built(trainer)
@@ -245,8 +244,6 @@ def build_retrieval(
     modality = modality_of(model.teacher.config)
     with node_leaders_first("the data sets for retrieval"):
         datasets = build_labeled_sets(retrieval, modality, (model.teacher if align else model.student).embedding)
-    if config.save_best and not any(labeled.has_labels for labeled in datasets.values()):
-        raise InputError("save_best: must be false, because no data set in retrieval.datasets has labels")
     with errors_of("retrieval"):
         return ZeroShotRetrieval(
             datasets,

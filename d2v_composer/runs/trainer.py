@@ -76,7 +76,6 @@ def build_trainer(
     loggers: Sequence[LoggerDestination] = (),
     prepare: Callable[[Any], Any] | None = None,
     stop: Stop | None = None,
-    save_best: bool = False,
     **arguments: Any,
 ) -> Trainer:
     """Build the Trainer with the arguments that all runs share, and lock the run's folder."""
@@ -87,7 +86,7 @@ def build_trainer(
     precision = choose_precision(config.precision).trainer
     # First lock the folder, then select the checkpoint in it: another run could still write one.
     keep = config.save_num_checkpoints_to_keep
-    checkpoints = Checkpoints(folder, config.save_interval, keep, uploads, resume_advice(config), stop, save_best)
+    checkpoints = Checkpoints(folder, config.save_interval, keep, uploads, resume_advice(config), stop)
     checkpoint, is_resumed = find_checkpoint(config, model, [record, *run_callbacks])
     with patched_composer(checkpoint and checkpoint.contents):
         return Trainer(
